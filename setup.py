@@ -1,4 +1,4 @@
-"Packaging: everything is read from settings.ini."
+"Packaging: all facts are read from settings.ini, nothing is said twice."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,6 +8,10 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+pythons = range(int(cfg["min_python"].split(".")[1]), 14)  # those tested
+# dev_requirements becomes the extra "dev", and so on
+extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items()
+          if key.endswith("_requirements")}
 
 setup(
     name=cfg["lib_name"],
@@ -19,15 +23,26 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in pythons),
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras,
     entry_points={
-        "console_scripts": cfg["console_scripts"].split("\n"),
-        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],  # so that other nbdev sites link to our symbols
     },
     zip_safe=False,
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['interpolate', 'select_parameters', 'DPI', 'check_exact', 'param_groups']
 
-# %% ../nbs/02_dpi.ipynb #fa73c2c3
+# %% ../nbs/02_dpi.ipynb #c8f3f201
 import copy, warnings
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastcore.basics import patch
 
-from .core import as_scalar
+from .core import as_scalar, uncompiled
 from .monotone import MonotoneLambda
 
 # %% ../nbs/02_dpi.ipynb #4d8a7e5c
@@ -300,9 +300,9 @@ class DPI(nn.Module):
         n = sum(p.numel() for p in self.theta1.parameters())
         return f'granularity="{self.granularity}", tensors interpolated: {len(self.names)}, parameters in them: 2 × {n:,}'
 
-# %% ../nbs/02_dpi.ipynb #10efcc29
+# %% ../nbs/02_dpi.ipynb #d669b8c7
 @patch
-@torch.compiler.disable
+@uncompiled
 def _keep_watch(self:DPI, theta0, args, kwargs):
     "Arm the two guards when gradients are recorded; stand back when they are not."
     recording = torch.is_grad_enabled()
@@ -323,7 +323,7 @@ def _unguard(module):
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "func", None) is _refuse: del module._forward_pre_hooks[key]
 
-# %% ../nbs/02_dpi.ipynb #874d39a6
+# %% ../nbs/02_dpi.ipynb #71d1db6a
 @patch
 def plan(
     self:DPI,
@@ -336,10 +336,10 @@ def plan(
     if self.granularity == "shared": raise ValueError(f'granularity="shared" takes one scalar for the batch, got {n} different ones')
     if self.granularity != "auto": return self.granularity
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None) for m in self.net.modules()): return "per_sample"
-    return "unique" if 4 * n <= len(s) or self._vmap_fails else "per_sample"
+    return "unique" if 32 * n <= len(s) or self._vmap_fails else "per_sample"
 
 @patch
-@torch.compiler.disable
+@uncompiled
 def _run_batch(self:DPI, s, theta0, theta1, args, kwargs):
     "Eq. (2) for a scalar per sample."
     for a in args:

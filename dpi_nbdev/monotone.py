@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LinearLambda', 'MonotoneLambda', 'plot_lambda']
 
-# %% ../nbs/01_monotone.ipynb #34b8b33c
+# %% ../nbs/01_monotone.ipynb #40bde670
 import math
 
 import torch
 from torch import nn, Tensor
 
-from .core import as_scalar, figure_style, COLORS
+from .core import as_scalar, figure_style, uncompiled
 
-# %% ../nbs/01_monotone.ipynb #6aa157a5
+# %% ../nbs/01_monotone.ipynb #cc90d050
 class _Lambda(nn.Module):
     "What every λ shares: its range, and the place of `s` on it."
     def __init__(self, s_min: float, s_max: float):
@@ -23,7 +23,7 @@ class _Lambda(nn.Module):
             raise ValueError(f"λ needs finite s_min < s_max, got s_min={s_min:g}, s_max={s_max:g}")
         self.s_min, self.s_max = s_min, s_max
 
-    @torch.compiler.disable
+    @uncompiled
     def position(self, s) -> Tensor:
         "`s` mapped to [0, 1], float64; raises `ValueError` outside [s_min, s_max]."
         s = as_scalar(s)
