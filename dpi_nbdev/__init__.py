@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 # %% ../nbs/60_api.ipynb #89e62ad6
 __version__ = "0.1.0"
 
-# %% ../nbs/60_api.ipynb #2588e723
+# %% ../nbs/60_api.ipynb #e2e0caff
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
-    "dpi": "DPI param_groups",
+    "dpi": "DPI param_groups check_exact",
     "conditioning": "TMap Unconditional",
     "drunet": "DRUNet",
     "diffusion": "VPDiffusion eps_loss",
     "samplers": "ddim timesteps",
     "data": "digits batches",
     "training": "train TrainSettings save_weights load_weights",
+    "cost": "relative_times",
     "metrics": "eps_mse",
 }
 _home = {name: module for module, names in _public.items() for name in names.split()}
@@ -43,7 +44,7 @@ def __dir__():
     "Everything that can be asked for, imported or not."
     return sorted({*globals(), *_home, *_public})
 
-# %% ../nbs/60_api.ipynb #b99dd6d3
+# %% ../nbs/60_api.ipynb #b3f07abe
 if TYPE_CHECKING:
     from dpi_nbdev.core import *
     from dpi_nbdev.monotone import *
@@ -54,4 +55,5 @@ if TYPE_CHECKING:
     from dpi_nbdev.samplers import *
     from dpi_nbdev.data import *
     from dpi_nbdev.training import *
+    from dpi_nbdev.cost import *
     from dpi_nbdev.metrics import *
