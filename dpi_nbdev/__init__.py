@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 # %% ../nbs/60_api.ipynb #89e62ad6
 __version__ = "0.1.0"
 
-# %% ../nbs/60_api.ipynb #e2e0caff
+# %% ../nbs/60_api.ipynb #51441fbb
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
     "dpi": "DPI param_groups check_exact",
     "conditioning": "TMap Unconditional",
-    "drunet": "DRUNet",
+    "drunet": "DRUNet OnesChannel",
     "diffusion": "VPDiffusion eps_loss",
     "samplers": "ddim timesteps",
     "data": "digits batches",

@@ -12,24 +12,24 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-# %% ../nbs/51_cli.ipynb #cebe0e14
+# %% ../nbs/51_cli.ipynb #107040a9
 def plainly(f):
     "Wraps a command: errors a user can cause become one sentence on stderr and exit status 1; Ctrl-C exits with 130."
     @functools.wraps(f)
     def command(*args, **kwargs):
         try: return f(*args, **kwargs)
-        except KeyboardInterrupt: message, status = "interrupted; nothing was written", 130
+        except KeyboardInterrupt: message, status = "interrupted; no file is left half-written", 130
         except (OSError, ValueError, FloatingPointError) as e: message, status = getattr(e, "strerror", None) or str(e), 1
         sys.stdout.flush()
         print(f"\n{f.__name__}: {message}", file=sys.stderr)
         sys.exit(status)
     return command
 
-# %% ../nbs/51_cli.ipynb #3a895bc1
+# %% ../nbs/51_cli.ipynb #aeddd6cd
 @call_parse
 @plainly
 def dpi_demo(
-    steps: int = 1500,      # optimiser steps for each of the two models
+    steps: int = 3000,      # optimiser steps for each of the two models
     seconds: float = None,  # instead of steps: about this much training time for both together
     seed: int = 0,          # of weights, batches, noise and samples; the same seed gives the same results.json
     out: str = "demo",      # folder for report.html, results.json, pictures and weights

@@ -157,19 +157,20 @@ def gaussian_eps(
         return b * (x - a * mean) / ((a * std)**2 + b**2)
     return model
 
-# %% ../nbs/20_diffusion.ipynb #899aff38
+# %% ../nbs/20_diffusion.ipynb #bc05f3a7
 @patch
 def draw_t(self: VPDiffusion,
     n: int,                                    # number of samples, at least 1
     generator: torch.Generator | None = None,  # steps are drawn on its device; the CPU if there is none
-    how: str = "stratified",                   # "stratified" (one step from each of n equal slices) or "uniform"
+    how: str = "stratified",                   # "stratified" (one step from each of n equal slices), "uniform" or "decreasing"
 ) -> Tensor:                                   # (n,) int64 in {0..T-1}, in random order
-    "Random steps for a batch; each is uniform on the schedule. Raises `ValueError` for an unknown way or `n < 1`."
-    if how not in ("uniform", "stratified"): raise ValueError(f"steps are drawn 'uniform' or 'stratified'; got {how!r}")
+    "Random steps for a batch. Raises `ValueError` for an unknown way or `n < 1`."
+    if how not in ("uniform", "stratified", "decreasing"): raise ValueError(f"steps are drawn 'uniform', 'stratified' or 'decreasing'; got {how!r}")
     if not isinstance(n, int) or n < 1: raise ValueError(f"n must be a whole number of samples, at least 1; got {n!r}")
     kw = dict(generator=generator, device="cpu" if generator is None else generator.device)
     u = torch.rand(n, dtype=torch.float64, **kw)
-    if how == "stratified": u = (torch.randperm(n, **kw) + u) / n
+    if how != "uniform": u = (torch.randperm(n, **kw) + u) / n
+    if how == "decreasing": u = 1 - (1 - u).sqrt()
     return (u * self.T).long().clamp_(max=self.s_max)
 
 # %% ../nbs/20_diffusion.ipynb #ec170d46

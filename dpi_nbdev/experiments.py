@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'DemoSettings', 'demo_models', 'DigitJudge', 'DemoRun', 'run_demo', 'plot_samples', 'plot_lambdas',
            'plot_denoising', 'verdict_sentence', 'results_table', 'write_report']
 
-# %% ../nbs/50_experiments.ipynb #34a7bd08
+# %% ../nbs/50_experiments.ipynb #7611d851
 import base64, html, json, platform, time
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -20,26 +20,26 @@ from .core import COLORS, atomic_write, figure_style, image_grid, output_folder,
 from .data import digits
 from .diffusion import VPDiffusion
 from .dpi import DPI
-from .drunet import DRUNet
+from .drunet import DRUNet, OnesChannel
 from .metrics import eps_mse, midpoints
 from .monotone import MonotoneLambda
 from .samplers import ddim
 from .training import TrainSettings, save_weights, train
 
-# %% ../nbs/50_experiments.ipynb #7fc3f61d
+# %% ../nbs/50_experiments.ipynb #843dc5bf
 @dataclass(frozen=True)
 class DemoSettings:
     "The demo's settings. The same settings give the same results on the same machine."
-    steps: int = 1500         # optimiser steps for each model
+    steps: int = 3000         # optimiser steps for each model
     seed: int = 0             # of weights, batches, noise and samples
-    widths: tuple = (32, 64, 64)  # of the DRUNet, level by level
+    widths: tuple = (16, 64, 128)  # of the DRUNet, level by level
     n_blocks: int = 2         # residual blocks a level
     n_samples: int = 256      # samples to judge
-    sampler_steps: int = 50   # DDIM steps
+    sampler_steps: int = 100  # DDIM steps, with eta = 1
     levels: int = 50          # noise levels at which ε-MSE is measured
     noise_seeds: int = 5      # noise realisations a level
 
-    def training(self): return TrainSettings(steps=self.steps, seed=self.seed)
+    def training(self): return TrainSettings(steps=self.steps, seed=self.seed, draw="decreasing")
 
 LABELS = dict(t_map="t map", dpi="DPI")
 
@@ -47,7 +47,7 @@ def demo_models(settings: DemoSettings = DemoSettings()) -> dict:  # "t_map" and
     "The two rivals: the same backbone, with a time map, and with two parameter sets."
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.seed)
-        net = lambda channels: DRUNet(channels, 1, widths=settings.widths, n_blocks=settings.n_blocks)
+        net = lambda channels: OnesChannel(DRUNet(channels + 1, 1, widths=settings.widths, n_blocks=settings.n_blocks))
         return dict(t_map=TMap(net(2)), dpi=DPI(net(1)))
 
 # %% ../nbs/50_experiments.ipynb #66195629
@@ -80,7 +80,7 @@ class DigitJudge:
         p, k = self(x)
         return dict(confident=(p >= 0.8).double().mean().item(), digits=len(k.unique()), counts=torch.bincount(k, minlength=10).tolist())
 
-# %% ../nbs/50_experiments.ipynb #e49648ee
+# %% ../nbs/50_experiments.ipynb #1c3c2908
 @dataclass(frozen=True, repr=False)
 class DemoRun:
     "What `run_demo` returns: numbers for JSON, and what the figures show."
@@ -106,10 +106,11 @@ def run_demo(
     start, clock = torch.randn(settings.n_samples, 1, 8, 8, generator=seeded(settings.seed)), time.perf_counter()
     samples, sampling = {}, {}
     for k, m in trained.items():
-        samples[k] = ddim(m, process, start, steps=settings.sampler_steps, clip=True, progress=progress)
+        samples[k] = ddim(m, process, start, steps=settings.sampler_steps, eta=1., clip=True, generator=seeded(settings.seed + 1), progress=progress)
         sampling[k], clock = time.perf_counter() - clock, time.perf_counter()
     seconds = {k: dict(training=runs[k].seconds, sampling=sampling[k]) for k in trained}
-    results = _numbers(settings, data, trained, errors, samples, t, process) | dict(seconds=seconds)
+    with torch.no_grad(): curves = {step: lam(torch.arange(0, 1000, 27)).tolist() for step, lam in keep.items() if lam is not None}
+    results = _numbers(settings, data, trained, errors, samples, t, process) | {"lambda": dict(t=list(range(0, 1000, 27)), curves=curves)} | dict(seconds=seconds)
     return DemoRun(results, trained, samples | dict(real=data.held_out), errors, keep)
 
 def _copy_of(lam):
@@ -205,7 +206,7 @@ def results_table(results: dict) -> list:  # rows of strings, the first is the h
         rows.append([LABELS[k], f"{m['parameters']:,}", f"{e['mean']:.4f} ± {e['std']:.4f}", f"{s['confident']:.1%}", f"{s['digits']} of 10", f"{results['seconds'][k]['training']:.0f} s"])
     return rows + [["real digits", "", "", f"{results['real']['confident']:.1%}", f"{results['real']['digits']} of 10", ""]]
 
-# %% ../nbs/50_experiments.ipynb #4cd38a6b
+# %% ../nbs/50_experiments.ipynb #b45b2a8c
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>DPI on real digits</title><style>
 :root{{color-scheme:light dark}} body{{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
@@ -223,13 +224,14 @@ def _html_table(rows):
     cells = lambda row, tag: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
     return "<table>" + "".join(f"<tr>{cells(r, 'td' if i else 'th')}</tr>" for i, r in enumerate(rows)) + "</table>"
 
+_HEADINGS = dict(samples="Samples", denoising="Denoising") | {"lambda": "The interpolation function λ"}
 _CAPTIONS = {
     "samples": "Real held-out digits, and DDIM samples of both models from the same starting noise.",
     "lambda": "The learned interpolation function: θ⁰ alone at the bottom, θ¹ alone at the top.",
     "denoising": "Noise level from left to right: a digit denoised in one step, the error of both models, and their ratio.",
 }
 
-# %% ../nbs/50_experiments.ipynb #ec835a1e
+# %% ../nbs/50_experiments.ipynb #5a6872d2
 def write_report(
     run: DemoRun,
     out,       # folder to write into; made if missing
@@ -242,7 +244,7 @@ def write_report(
         with atomic_write(out / f"{name}.png") as tmp: fig.savefig(tmp, bbox_inches="tight")
         plt.close(fig)
         picture = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        figures += f'<h2>{name.capitalize()}</h2><figure><img alt="{_CAPTIONS[name]}" src="data:image/png;base64,{picture}"><figcaption>{_CAPTIONS[name]}</figcaption></figure>'
+        figures += f'<h2>{_HEADINGS[name]}</h2><figure><img alt="{_CAPTIONS[name]}" src="data:image/png;base64,{picture}"><figcaption>{_CAPTIONS[name]}</figcaption></figure>'
     page = _PAGE.format(verdict=html.escape(verdict_sentence(r)), train=r["data"]["train"], held=r["data"]["held_out"], batch=r["training"]["batch_size"], steps=r["settings"]["steps"],
                         seeds=r["settings"]["noise_seeds"], accuracy=r["judge"]["held_out_accuracy"], table=_html_table(results_table(r)), figures=figures, seed=r["settings"]["seed"],
                         versions=", ".join(f"{k} {v}" for k, v in r["versions"].items()) + ".")
