@@ -186,7 +186,7 @@ def select_parameters(
         raise ValueError(f"select={select!r} matches none of the network's {len(first)} parameters: {', '.join(list(first.values())[:6])}{', …' * (len(first) > 6)}")
     return names
 
-# %% ../nbs/02_dpi.ipynb #5faf60e0
+# %% ../nbs/02_dpi.ipynb #e2960769
 def _second_set(net, names, init):
     "θ¹ as a dictionary from name to new parameter."
     theta0 = dict(net.named_parameters())
@@ -201,7 +201,7 @@ def _second_set(net, names, init):
 
 def _redrawn(net, names):
     "A copy of the network's parameters, drawn anew by the layers themselves."
-    fresh, drawn = copy.deepcopy(net), set()
+    fresh, drawn = _deepcopy(net), set()
     for module in fresh.modules():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset: reset(); drawn |= {id(p) for p in module.parameters()}
@@ -378,7 +378,7 @@ def check_exact(
             worst = max(worst, *((v[i:i + 1] - w).abs().max().item() / max(1., w.abs().max().item()) for v, w in zip(y, yi)))
     return worst
 
-# %% ../nbs/02_dpi.ipynb #3d093df9
+# %% ../nbs/02_dpi.ipynb #010dce52
 @patch
 @torch.no_grad()
 def freeze_at(
@@ -388,12 +388,20 @@ def freeze_at(
     "The plain network f(θ, ·) with θ interpolated at `s`. Shares nothing with this model."
     s = as_scalar(s)
     if s.numel() != 1: raise ValueError(f"freeze_at takes one scalar, got shape {tuple(s.shape)}")
-    lam, plain = self.lam(s.reshape(())), copy.deepcopy(self.net)
+    lam, plain = self.lam(s.reshape(())), _deepcopy(self.net)
     for module in plain.modules(): _unguard(module)
     params = dict(plain.named_parameters())
     theta0, theta1 = self.theta()
     for n in self.names: params[n].copy_(interpolate(theta0[n], theta1[n], lam))
     return plain
+
+# %% ../nbs/02_dpi.ipynb #15c88800
+def _deepcopy(net):
+    "`net` copied, or an error that says what stands in the way."
+    try: return copy.deepcopy(net)
+    except RuntimeError as e:
+        raise RuntimeError("the network cannot be copied, since it keeps a tensor computed from its parameters; the old torch.nn.utils.weight_norm"
+                           " does this, torch.nn.utils.parametrizations.weight_norm does not") from e
 
 # %% ../nbs/02_dpi.ipynb #cd42d5ac
 def param_groups(

@@ -26,20 +26,20 @@ from .monotone import MonotoneLambda
 from .samplers import ddim
 from .training import TrainSettings, save_weights, train
 
-# %% ../nbs/50_experiments.ipynb #843dc5bf
+# %% ../nbs/50_experiments.ipynb #c3d2026a
 @dataclass(frozen=True)
 class DemoSettings:
     "The demo's settings. The same settings give the same results on the same machine."
     steps: int = 3000         # optimiser steps for each model
     seed: int = 0             # of weights, batches, noise and samples
-    widths: tuple = (16, 64, 128)  # of the DRUNet, level by level
+    widths: tuple = (24, 64, 128)  # of the DRUNet, level by level
     n_blocks: int = 2         # residual blocks a level
     n_samples: int = 256      # samples to judge
     sampler_steps: int = 100  # DDIM steps, with eta = 1
     levels: int = 50          # noise levels at which ε-MSE is measured
     noise_seeds: int = 5      # noise realisations a level
 
-    def training(self): return TrainSettings(steps=self.steps, seed=self.seed, draw="decreasing")
+    def training(self): return TrainSettings(steps=self.steps, lr=3e-3, draw="decreasing", seed=self.seed)
 
 LABELS = dict(t_map="t map", dpi="DPI")
 

@@ -65,7 +65,7 @@ def ema_of(
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
     return AveragedModel(model, multi_avg_fn=average)
 
-# %% ../nbs/31_training.ipynb #919bbce6
+# %% ../nbs/31_training.ipynb #bd145872
 @dataclass(frozen=True, repr=False)
 class Trained:
     "What `train` returns."
@@ -84,13 +84,13 @@ def train(
 ) -> Trained:
     "Minimises the ε-MSE. Raises `FloatingPointError`, naming the step, when the loss is not finite."
     device, o = next(model.parameters()).device, settings
+    model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(param_groups(model, o.lr, o.phi_lr, o.weight_decay), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i, o.steps, o.warmup))
     average = ema_of(model, o.ema)
     order, noise = map(seeded, torch.randint(2**31, (2,), generator=seeded(o.seed)).tolist())
     images = batches(x0, o.batch_size, order)
     losses, start = [], time.perf_counter()
-    model.train()
     with tqdm(range(1, o.steps + 1), desc=desc, disable=not progress, mininterval=0.5) as bar:
         for step in bar:
             loss, _ = eps_loss(model, process, next(images).to(device), noise, how=o.draw)
