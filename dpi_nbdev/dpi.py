@@ -34,7 +34,7 @@ def interpolate(
         return torch.lerp(theta0.float(), theta1.float(), lam.float()).to(theta0.dtype)
     return torch.lerp(theta0, theta1, lam.to(theta0.dtype))
 
-# %% ../nbs/02_dpi.ipynb #e6e74165
+# %% ../nbs/02_dpi.ipynb #f4aa8ded
 _RUN_TWICE = {torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
               F.linear, F.embedding, torch.prelu}
 _METADATA = {"shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
@@ -48,13 +48,11 @@ class _TwoSets(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _BATCH_NORMS and _uses_batch_statistics(func, args, kwargs):
-            return self.batch_norm(func, *args, **kwargs)
+        if func in _RUN_TWICE and not self.meets(args[:1]) and id(kwargs.get("input")) not in self.pairs: return self.run_twice(func, args, kwargs)
+        if func in _BATCH_NORMS and _uses_batch_statistics(func, args, kwargs): return self.batch_norm(func, *args, **kwargs)
         if not (self.meets(args) or self.meets(kwargs)): return func(*args, **kwargs)
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         if name in _METADATA: return func(*self.fill(args, 0), **self.fill(kwargs, 0))
-        x = args[0] if args else kwargs.get("input")
-        if func in _RUN_TWICE and not self.meets([x]): return self.run_twice(func, args, kwargs)
         return func(*self.fill(args), **self.fill(kwargs))
 
     def run_twice(self, func, args, kwargs):
@@ -62,7 +60,9 @@ class _TwoSets(TorchFunctionMode):
         device, low = self.lam.device.type, lambda a: a
         if func is not F.embedding and torch.is_autocast_enabled(device):
             low = lambda a: a.to(torch.get_autocast_dtype(device)) if isinstance(a, Tensor) and a.is_floating_point() else a
-        y0, y1 = (func(*map(low, self.fill(args, i)), **{k: low(v) for k, v in self.fill(kwargs, i).items()}) for i in (0, 1))
+        if not any(id(a) in self.pairs for a in (*args, *kwargs.values())): return func(*args, **kwargs)
+        pick = lambda a, i: low(self.pairs[id(a)][i] if id(a) in self.pairs else a)
+        y0, y1 = (func(*[pick(a, i) for a in args], **{k: pick(a, i) for k, a in kwargs.items()}) for i in (0, 1))
         return interpolate(y0, y1, self.lam)
 
     def meets(self, a):
