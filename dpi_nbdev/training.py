@@ -65,7 +65,7 @@ def ema_of(
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
     return AveragedModel(model, multi_avg_fn=average)
 
-# %% ../nbs/31_training.ipynb #bd145872
+# %% ../nbs/31_training.ipynb #bc40fc7f
 @dataclass(frozen=True, repr=False)
 class Trained:
     "What `train` returns."
@@ -104,10 +104,10 @@ def train(
             schedule.step()
             average.update_parameters(model)
             if on_step: on_step(step, average.module)
-            if step % 20 == 0: bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
+            if step % 20 == 0 or step == o.steps: bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}", refresh=False)
     return Trained(average.module.eval(), torch.tensor(losses), time.perf_counter() - start)
 
-# %% ../nbs/31_training.ipynb #a641c308
+# %% ../nbs/31_training.ipynb #d27067cb
 def save_weights(
     model: nn.Module,  # any model
     path,              # the file to make or replace, "….safetensors"
@@ -115,7 +115,7 @@ def save_weights(
     "Writes the model's state dict, atomically. Raises `OSError` when the disk is full."
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    with atomic_write(path) as tmp: Path(tmp).write_bytes(save(state, {"format": "pt", "made_by": "dpi_nbdev", "model": type(model).__name__}))
+    with atomic_write(path) as tmp: Path(tmp).write_bytes(save(state, {"format": "pt"}))
 
 def load_weights(
     model: nn.Module,  # a model built like the saved one; untouched if anything does not fit
