@@ -6,7 +6,7 @@
 __all__ = ['plainly', 'dpi_demo', 'steps_for']
 
 # %% ../nbs/51_cli.ipynb #76aebc02
-import functools, os, sys, time
+import functools, sys, time
 from dataclasses import replace
 from pathlib import Path
 

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
 from .conditioning import TMap
 from .core import COLORS, atomic_write, figure_style, image_grid, output_folder, seeded
