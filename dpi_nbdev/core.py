@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #d21fe7fa
+# %% ../nbs/00_core.ipynb #3780a6f4
 def as_scalar(
     s,                      # number, or tensor of shape () or (B,)
     x: Tensor | None = None,  # the batch the scalar belongs to, (B, ...): gives the device and the B to match
@@ -28,7 +28,7 @@ def as_scalar(
         raise TypeError(f"{name} must be real (integer or floating), got dtype {s.dtype}")
     if x is not None and s.ndim and (s.ndim > 1 or x.ndim == 0 or len(s) != len(x)):
         raise ValueError(f"{name} must be one scalar or one per sample: got shape {tuple(s.shape)} for x of shape {tuple(x.shape)}")
-    if s.is_floating_point() and not torch.compiler.is_compiling() and bool(s.isnan().any()):
+    if s.is_floating_point() and s.device.type != "meta" and not torch.compiler.is_compiling() and bool(s.isnan().any()):
         raise ValueError(f"{name} contains NaN")
     return s
 

@@ -34,7 +34,7 @@ def interpolate(
         return torch.lerp(theta0.float(), theta1.float(), lam.float()).to(theta0.dtype)
     return torch.lerp(theta0, theta1, lam.to(theta0.dtype))
 
-# %% ../nbs/02_dpi.ipynb #f4aa8ded
+# %% ../nbs/02_dpi.ipynb #dcdff921
 _RUN_TWICE = {torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
               F.linear, F.embedding, torch.prelu}
 _METADATA = {"shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
@@ -58,7 +58,7 @@ class _TwoSets(TorchFunctionMode):
     def run_twice(self, func, args, kwargs):
         "Both sets on the whole batch, outputs mixed; in autocast's precision, which vmap would ignore."
         device, low = self.lam.device.type, lambda a: a
-        if func is not F.embedding and torch.is_autocast_enabled(device):
+        if func is not F.embedding and device != "meta" and torch.is_autocast_enabled(device):
             low = lambda a: a.to(torch.get_autocast_dtype(device)) if isinstance(a, Tensor) and a.is_floating_point() else a
         if not any(id(a) in self.pairs for a in (*args, *kwargs.values())): return func(*args, **kwargs)
         pick = lambda a, i: low(self.pairs[id(a)][i] if id(a) in self.pairs else a)
@@ -113,7 +113,7 @@ def _run_shared(net, theta0, theta1, lam, args, kwargs):
     "One λ for everything: interpolate once, run once."
     return functional_call(net, {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}, args, kwargs)
 
-# %% ../nbs/02_dpi.ipynb #e0ebad57
+# %% ../nbs/02_dpi.ipynb #5c28437f
 def _run_per_sample(net, theta0, theta1, lam, args, kwargs):
     "A λ for each sample: every operation twice at most."
     slots = {n: torch.empty_like(p, device="meta") for n, p in theta0.items()}
@@ -127,7 +127,7 @@ def _run_per_sample(net, theta0, theta1, lam, args, kwargs):
         leaves, spec = tree_flatten(y)
         shape = [None if isinstance(v, Tensor) else v for v in leaves], spec
         return tuple(_sample_axis(v, 1)[0] for v in leaves if isinstance(v, Tensor))
-    with sdpa_kernel(SDPBackend.MATH) if lam.device.type == "cpu" else nullcontext():   # the fused CPU attention has no vmap rule
+    with sdpa_kernel(SDPBackend.MATH) if lam.device.type in ("cpu", "meta") else nullcontext():   # the fused CPU attention has no vmap rule
         out = iter(vmap(one_sample, (0, *(0 if b else None for b in batched)), randomness="different")(lam, *args))
     leaves, spec = shape
     return tree_unflatten([next(out) if v is None else v for v in leaves], spec)
@@ -323,7 +323,7 @@ def _unguard(module):
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "func", None) is _refuse: del module._forward_pre_hooks[key]
 
-# %% ../nbs/02_dpi.ipynb #71d1db6a
+# %% ../nbs/02_dpi.ipynb #a8b4aed3
 @patch
 def plan(
     self:DPI,
@@ -331,7 +331,7 @@ def plan(
 ) -> str: # "shared", "unique" or "per_sample"
     "How a call with `s` will run."
     s = as_scalar(s)
-    n = len(s.unique()) if s.ndim else 1
+    n = 1 if s.ndim == 0 else len(s) if s.device.type == "meta" else len(s.unique())   # unknown scalars count as different
     if n == 1: return "shared"
     if self.granularity == "shared": raise ValueError(f'granularity="shared" takes one scalar for the batch, got {n} different ones')
     if self.granularity != "auto": return self.granularity
