@@ -12,19 +12,30 @@ from typing import TYPE_CHECKING
 # %% ../nbs/60_api.ipynb #89e62ad6
 __version__ = "0.1.0"
 
-# %% ../nbs/60_api.ipynb #51441fbb
+# %% ../nbs/60_api.ipynb #d38c5d66
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
     "dpi": "DPI param_groups check_exact",
-    "conditioning": "TMap Unconditional",
-    "drunet": "DRUNet OnesChannel",
-    "diffusion": "VPDiffusion eps_loss",
-    "samplers": "ddim timesteps",
-    "data": "digits batches",
-    "training": "train TrainSettings save_weights load_weights",
-    "cost": "relative_times",
+    "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional",
+    "drunet": "DRUNet OnesChannel Padded",
+    "adm": "ADM",
+    "build": "build_model save_model load_model",
+    "draws": "draw_unit",
+    "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
+    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
+    "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise GaussianMixture",
+    "solvers": "sample_ode sample_sde reverse_diffusion",
+    "likelihood": "invert log_likelihood",
+    "generate": "generate_samples collect_samples",
+    "checkpoints": "Checkpoints save_weights load_weights",
+    "files": "ImageFiles",
+    "data": "load_images digits photos ImageSplit ImageArray Batches",
+    "training": "train TrainSettings",
+    "cost": "model_cost cost_table relative_times",
+    "convert": "convert_images",
     "metrics": "eps_mse",
+    "experiments": "Experiment find_experiment run_experiment",
 }
 _home = {name: module for module, names in _public.items() for name in names.split()}
 __all__ = ["__version__", *_home]
@@ -44,16 +55,27 @@ def __dir__():
     "Everything that can be asked for, imported or not."
     return sorted({*globals(), *_home, *_public})
 
-# %% ../nbs/60_api.ipynb #b3f07abe
+# %% ../nbs/60_api.ipynb #bedbc1e5
 if TYPE_CHECKING:
     from dpi_nbdev.core import *
     from dpi_nbdev.monotone import *
     from dpi_nbdev.dpi import *
     from dpi_nbdev.conditioning import *
     from dpi_nbdev.drunet import *
+    from dpi_nbdev.adm import *
+    from dpi_nbdev.build import *
+    from dpi_nbdev.draws import *
     from dpi_nbdev.diffusion import *
+    from dpi_nbdev.flow import *
     from dpi_nbdev.samplers import *
+    from dpi_nbdev.solvers import *
+    from dpi_nbdev.likelihood import *
+    from dpi_nbdev.generate import *
+    from dpi_nbdev.checkpoints import *
+    from dpi_nbdev.files import *
     from dpi_nbdev.data import *
     from dpi_nbdev.training import *
     from dpi_nbdev.cost import *
+    from dpi_nbdev.convert import *
     from dpi_nbdev.metrics import *
+    from dpi_nbdev.experiments import *

@@ -66,7 +66,7 @@ def build_model(
         knots = MonotoneLambda(scalar.knots, 0, scalar.s_max) if lam == "learned" else LinearLambda(0, scalar.s_max)
         return DPI(net, knots, init=init)
 
-# %% ../nbs/13_build.ipynb #5041b204
+# %% ../nbs/13_build.ipynb #7094360d
 _BACKBONES = {"drunet": DRUNet, "adm": ADM}
 _CONDITIONINGS = ("dpi", "t_map", "sigma_map", "ncsnv2", "mlp", "none")
 
@@ -85,11 +85,12 @@ def _backbone(name, embedding, extra, settings) -> nn.Module:
 @contextmanager
 def _drawn_from(seed):
     "In this context new weights are drawn from `seed`, and the global generator is as before afterwards. None: nothing changes."
-    state = torch.get_rng_state()
-    if seed is not None: torch.default_generator.manual_seed(seed)
+    if seed is None: return (yield)
+    device, state = torch.get_default_device(), torch.get_rng_state()
+    if device.type not in ("cpu", "meta"): raise ValueError(f"a seed decides weights that are drawn on the CPU, and the default device is {device}: build there, then move the model")
+    torch.default_generator.manual_seed(seed)
     try: yield
-    finally:
-        if seed is not None: torch.set_rng_state(state)
+    finally: torch.set_rng_state(state)
 
 # %% ../nbs/13_build.ipynb #279d391e
 def _refuse(backbone, conditioning, lam, init, ones_channel):
@@ -151,7 +152,7 @@ def save_model(
         c.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file(state, w, {_HASH: _hash(config)})
 
-# %% ../nbs/13_build.ipynb #4cf7eed3
+# %% ../nbs/13_build.ipynb #90db0718
 _FORMAT, _CONFIG, _WEIGHTS, _HASH = 1, "config.json", "model.safetensors", "config_sha256"
 
 def _hash(config) -> str:
@@ -162,10 +163,17 @@ def _is_channels_last(model) -> bool:
     "Do the model's 4-dimensional weights lie channels-last?"
     return any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters())
 
+def _is_altered(module) -> bool:
+    "Does the module carry what no description shows: hooks (other than DPI's guards), or a forward put on the instance?"
+    foreign = [h for h in module._forward_pre_hooks.values() if getattr(getattr(h, "func", None), "__module__", None) != DPI.__module__]
+    return bool(foreign or module._forward_hooks or "forward" in vars(module))
+
 def _check_rebuilds(model, description):
     "Raises `ValueError` unless `description` makes a model that is like `model` in every part, parameter and buffer."
     if len(list(model.parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
         raise ValueError("parts of this model share a parameter, which a description by settings cannot say: use save_weights")
+    altered = next((name or "it" for name, m in model.named_modules() if _is_altered(m)), None)
+    if altered: raise ValueError(f"this model was changed after it was built: {altered} has hooks or a forward of its own; use save_weights")
     with torch.device("meta"): twin = _rebuild(description)
     _fill(twin, model.state_dict(), "this model cannot be rebuilt from its settings")
     a, b = next(((a, b) for a, b in zip_longest(repr(model).split("\n"), repr(twin).split("\n"), fillvalue="(nothing)") if a != b), (None, None))

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['pack', 'unpack', 'read_state', 'Checkpoints', 'state_faults', 'save_weights', 'load_weights']
 
-# %% ../nbs/28_checkpoints.ipynb #c76b9fbc
+# %% ../nbs/28_checkpoints.ipynb #7e698117
 import hashlib, json, os, re, warnings
 from pathlib import Path
 
 import torch
 from torch import nn, Tensor
 
+from fastcore.basics import patch
+
 from .core import atomic_write, output_folder
 
-# %% ../nbs/28_checkpoints.ipynb #9130ae9a
+# %% ../nbs/28_checkpoints.ipynb #e507778e
 def _outline(tree, tensors, at=""):
     "`tree` as JSON, its tensors moved to the dictionary `tensors` and replaced by their names."
     if isinstance(tree, Tensor):
@@ -35,7 +37,7 @@ def pack(
     for name, v in tensors.items():            # tied weights: the format wants each tensor to have its own memory
         if v.untyped_storage().data_ptr() in seen: tensors[name] = v.clone()
         seen.add(v.untyped_storage().data_ptr())
-    return save(tensors, {"format": "pt", "dpi_nbdev_state": json.dumps(outline)})
+    return save(tensors, {"dpi_nbdev_state": json.dumps(outline)})   # one entry: with two, their order would be chance
 
 # %% ../nbs/28_checkpoints.ipynb #52457ea5
 def unpack(
@@ -114,9 +116,9 @@ def _flush(folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/28_checkpoints.ipynb #7980c0f3
-def _newest(
-    self,
+# %% ../nbs/28_checkpoints.ipynb #d9eefc78
+@patch
+def newest(self: Checkpoints,
     faults=lambda state: [],  # what is wrong with a state, as a list of strings; empty if it can be used
 ):                            # (step, state), or None if there are no files at all
     "The newest usable state. Raises `ValueError`, with the reasons, when there are files but none can be used."
@@ -132,9 +134,7 @@ def _newest(
         passed.append((path, "; ".join(why)))
     if passed: raise ValueError(f"no checkpoint in {str(self.folder)!r} can be used; choose another folder to start anew. " + " ".join(f"{p.name}: {why}." for p, why in passed))
 
-Checkpoints.newest = _newest
-
-# %% ../nbs/28_checkpoints.ipynb #7df84ed7
+# %% ../nbs/28_checkpoints.ipynb #639c36cd
 def state_faults(
     own: dict,    # a model's state dict
     state: dict,  # what would be loaded into it
@@ -145,6 +145,7 @@ def state_faults(
     return faults + [f"{k}: {state[k].tolist()} instead of {v.tolist()}" for k, v in own.items()
                      if k.endswith("_extra_state") and k in state and not torch.equal(state[k].cpu(), v.cpu())]
 
+# %% ../nbs/28_checkpoints.ipynb #b0290209
 def save_weights(
     model: nn.Module,  # any model
     path,              # the file to make or replace, "….safetensors"

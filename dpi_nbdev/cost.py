@@ -157,19 +157,21 @@ def peak_memory(
         step(); live.peak = live.now; step()
     return live.peak
 
-# %% ../nbs/32_cost.ipynb #800c75f3
+# %% ../nbs/32_cost.ipynb #a4c626c6
 def time_rounds(
     calls: dict,      # name -> tuple of functions without arguments, always called one after the other
     rounds: int = 15, # rounds; each times every call once, and each begins with another one
     warmup: int = 2,  # rounds before that, not counted
 ) -> dict:            # name -> for each function a list of seconds, one for each round
-    "Times several calls in turn. Waits for a GPU to finish. Raises `ValueError` if there is nothing to do."
+    "Times several calls in turn: processor seconds, or seconds of the clock where there is a GPU. Raises `ValueError` if there is nothing to do."
     if not calls or rounds < 1: raise ValueError(f"time_rounds needs at least one call and one round, got {len(calls)} and {rounds}")
+    gpu = torch.cuda.is_available()
+    clock = time.perf_counter if gpu else time.process_time
     def once(f):
-        start = time.perf_counter()
+        start = clock()
         f()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter() - start
+        if gpu: torch.cuda.synchronize()
+        return clock() - start
     found, names = {k: [] for k in calls}, list(calls)
     for i in range(warmup + rounds):
         first = i % len(names)
@@ -208,10 +210,11 @@ class Cost:
         if not isinstance(a, list): return math.nan if a is None or not b else a / b
         return statistics.median(p / q for p, q in zip(a, b)) if a and b else math.nan
 
-# %% ../nbs/32_cost.ipynb #dc93dfc4
+# %% ../nbs/32_cost.ipynb #4518ba22
 def cost_table(
     rows: dict,       # name -> (model, x, s), see `model_cost`; the first is the yardstick
     rounds: int = 3,  # of timing; 0: counts only
+    warmup: int = 1,  # rounds before that, not counted
     autocast: torch.dtype | None = None,  # such as torch.bfloat16: time the forward pass under autocast
     compile: dict | None = None,          # options for `torch.compile`, {} for its defaults: time the compiled network
 ) -> dict:            # name -> `Cost`
@@ -228,8 +231,8 @@ def cost_table(
         if x.is_cuda: table[name].peak = peak_memory(lambda: [half() for half in training[name]], x.device, _held(run, x))
     with torch.random.fork_rng():
         if forward:
-            for name, (seconds,) in time_rounds(forward, rounds, 1).items(): table[name].forward = seconds
-            for name, halves in time_rounds(training, rounds, 1).items(): table[name].forward_backward, table[name].update = halves
+            for name, (seconds,) in time_rounds(forward, rounds, warmup).items(): table[name].forward = seconds
+            for name, halves in time_rounds(training, rounds, warmup).items(): table[name].forward_backward, table[name].update = halves
     return table
 
 def model_cost(
@@ -241,7 +244,7 @@ def model_cost(
     "Parameters, FLOPs, peak memory of a training step, and seconds of one network for one batch."
     return cost_table({"model": (model, x, s)}, rounds)["model"]
 
-# %% ../nbs/32_cost.ipynb #917455ee
+# %% ../nbs/32_cost.ipynb #5c62dfd4
 def _check_row(name, row) -> tuple:
     "`row`, if it is (model, x, s) and can be measured; an error that names it otherwise."
     if not isinstance(row, tuple) or len(row) != 3: raise TypeError(f"row {name!r} must be (model, x, s), got {type(row).__name__}")
@@ -261,7 +264,7 @@ def _count(model, x, s) -> Cost:
     "All that needs no clock: on the meta device where that tells the truth, else by running a copy."
     def count(row):
         halves = training_step(*row)
-        return Cost(sum(p.numel() for p in model.parameters()), torch_flops(*row), paper_flops(*row), peak_memory(lambda: [half() for half in halves], "cpu" if row[1].is_cuda else row[1].device))
+        return Cost(sum(p.numel() for p in model.parameters()), torch_flops(*row), paper_flops(*row), peak_memory(lambda: [half() for half in halves], row[1].device, _held(*row[:2])))
     with torch.random.fork_rng():
         if not isinstance(s, Tensor) or s.ndim == 0 or len(s.unique()) == len(s):   # equal scalars can be run together: meta does not know
             try: return count(_shapes(model, x, s))
@@ -279,7 +282,7 @@ def _held(*things) -> int:
     tensors = [t for a in things for t in ((*a.parameters(), *a.buffers()) if isinstance(a, nn.Module) else (a,))]
     return sum(t.numel() * t.element_size() for t in tensors)
 
-# %% ../nbs/32_cost.ipynb #bffc0078
+# %% ../nbs/32_cost.ipynb #6f6f0ba8
 def cost_text(
     table: dict,  # name -> `Cost`, from `cost_table`
 ) -> str:         # lines, one for each network; in brackets the multiple of the first
@@ -306,7 +309,7 @@ def plot_cost(
     kinds = {"parameters": "parameters", "FLOPs": "flops", "peak memory": "peak", "forward": "forward", "training step": "step"}
     if not first.forward: kinds = dict(list(kinds.items())[:3])
     names, width = list(table)[1:], 0.8 / max(len(table) - 1, 1)
-    colors = dict(zip(names, ("t_map", "theta1", "dpi", "accent", "good") if "MLP" in names else ("t_map", "dpi", "accent", "good")))
+    colors = {"t map": "t_map", "MLP": "theta1", "DPI": "dpi", "DPI, s per sample": "accent", "DPI, frozen": "good"}
     for i, name in enumerate(names):
         heights = [table[name].ratio(first, k) for k in kinds.values()]
         bars = ax.bar([j + (i + 0.5) * width - 0.4 for j in range(len(kinds))], heights, width, label=name, color=COLORS.get(colors.get(name)))
@@ -315,7 +318,7 @@ def plot_cost(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/32_cost.ipynb #bc012fcd
+# %% ../nbs/32_cost.ipynb #1cac6456
 _GPU_MODES = {"float32": {}, "bfloat16": dict(autocast=torch.bfloat16), "bfloat16, compiled": dict(autocast=torch.bfloat16, compile={}),
               "bfloat16, compiled, CUDA graphs": dict(autocast=torch.bfloat16, compile=dict(mode="reduce-overhead"))}
 
@@ -326,15 +329,19 @@ def benchmark(
     size: int = 64,       # side of an image, pixels
     rounds: int = 3,      # of timing
     backbones: tuple = ("drunet", "adm"),
+    names: tuple = (),    # rows of `paper_rows` to measure; (): all
     **settings,           # of the backbones, see `paper_rows`
 ) -> dict:                # what was written: facts about the run, and under "tables" name -> row -> `Cost` as a dictionary
     "Measures the rows of `paper_rows`, in every mode on a GPU, and writes them to `path`, a whole table at a time."
     gpu = torch.device(device).type == "cuda"
-    facts = dict(date=date.today().isoformat(), machine=machine_name(device), threads=torch.get_num_threads(), torch=torch.__version__, batch=batch, size=size, rounds=rounds,
-                 command=f"python -c 'from dpi_nbdev.cost import benchmark; benchmark(\"{Path(path).name}\", \"{device}\", {batch}, {size}, {rounds})'", tables={})
+    command = f"benchmark({Path(path).name!r}, {device!r}, batch={batch}, size={size}, rounds={rounds}, backbones={tuple(backbones)}, names={tuple(names)})"
+    facts = dict(date=date.today().isoformat(), machine=machine_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
+                 batch=batch, size=size, rounds=rounds, command=command, allocator={k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}, tables={})
     for backbone in backbones:
+        rows = {k: row for k, row in paper_rows(backbone, batch, size, device, **settings).items() if not names or k in names}
+        for model, x, s in rows.values(): _call(model, x[:1], s[:1] if isinstance(s, Tensor) else s)   # what is done only once, on one image
         for mode, options in (_GPU_MODES if gpu else {"float32": {}}).items():
-            table = cost_table(paper_rows(backbone, batch, size, device, **settings), rounds, **options)
+            table = cost_table(rows, rounds, warmup=int(gpu), **options)
             facts["tables"][f"{backbone}, {mode}"] = {name: asdict(cost) for name, cost in table.items()}
             with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1))
     return facts

@@ -168,7 +168,7 @@ def plot_lambdas(run: DemoRun):  # -> figure
     ax.legend()
     return fig
 
-# %% ../nbs/49_demo.ipynb #b0f7aeef
+# %% ../nbs/49_demo.ipynb #8c615fe0
 @torch.no_grad()
 def plot_denoising(run: DemoRun, which: int = 3):  # `which` held-out digit -> figure
     "Denoised digits and ε-MSE by noise level, for both models."
@@ -177,7 +177,7 @@ def plot_denoising(run: DemoRun, which: int = 3):  # `which` held-out digit -> f
     process, x0 = VPDiffusion(), run.samples["real"][which:which + 1]
     ts = [50, 150, 250, 350, 450, 550, 700, 850]
     xt = torch.cat([process.add_noise(x0, torch.randn(x0.shape, generator=seeded(1)), t) for t in ts])
-    rows = {"noisy": xt.clamp(-1, 1)} | {LABELS[k]: process.x0_from_eps(xt, m(xt, torch.tensor(ts)), torch.tensor(ts)) for k, m in run.models.items()}
+    rows = {"noisy": xt.clamp(-1, 1)} | {LABELS[k]: process.convert(xt, m(xt, torch.tensor(ts)), torch.tensor(ts), "eps", "x0") for k, m in run.models.items()}
     fig = plt.figure(figsize=(9.6, 5.6)); top, bottom = fig.add_gridspec(2, 1, height_ratios=(1.25, 1), hspace=0.28)
     ax = fig.add_subplot(top)
     ax.imshow(image_grid(torch.cat(list(rows.values())), ncol=len(ts), pad=2), cmap="gray", vmin=0, vmax=1)

@@ -113,10 +113,10 @@ def _run_shared(net, theta0, theta1, lam, args, kwargs):
     "One λ for everything: interpolate once, run once."
     return functional_call(net, {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}, args, kwargs)
 
-# %% ../nbs/02_dpi.ipynb #5c28437f
+# %% ../nbs/02_dpi.ipynb #51e80b9c
 def _run_per_sample(net, theta0, theta1, lam, args, kwargs):
     "A λ for each sample: every operation twice at most."
-    slots = {n: torch.empty_like(p, device="meta") for n, p in theta0.items()}
+    slots = {n: torch.empty((), dtype=p.dtype, device="meta").expand(p.shape) for n, p in theta0.items()}
     pairs = {id(slots[n]): (theta0[n], theta1[n]) for n in slots}
     batched = [isinstance(a, Tensor) for a in args]
     shape = None
@@ -138,7 +138,7 @@ def _sample_axis(v, n):
     raise ValueError(f"with a scalar per sample, every output of the network must have the samples on its first axis; got shape {tuple(v.shape)}"
                      f" for {n} sample{'s' * (n > 1)}. Use one scalar for the batch.")
 
-# %% ../nbs/02_dpi.ipynb #22565278
+# %% ../nbs/02_dpi.ipynb #65a00f0c
 class _Apart(TorchFunctionMode):
     "Inside, batch statistics are refused: a group of samples is not the batch."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -149,7 +149,6 @@ class _Apart(TorchFunctionMode):
 
 def _run_unique(net, theta0, theta1, lams, group, args, kwargs):
     "`lams` (K,) for K groups, `group` (B,) says which sample is in which: run each group on its own."
-    if len(lams) == 1: return _run_shared(net, theta0, theta1, lams[0], args, kwargs)
     index, outs = [(group == k).nonzero().squeeze(1) for k in range(len(lams))], []
     buffers = dict(net.named_buffers())
     for lam, i in zip(lams, index):
@@ -323,7 +322,7 @@ def _unguard(module):
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "func", None) is _refuse: del module._forward_pre_hooks[key]
 
-# %% ../nbs/02_dpi.ipynb #a8b4aed3
+# %% ../nbs/02_dpi.ipynb #722dda2b
 @patch
 def plan(
     self:DPI,
@@ -346,6 +345,7 @@ def _run_batch(self:DPI, s, theta0, theta1, args, kwargs):
         if isinstance(a, Tensor) and (a.ndim == 0 or len(a) != len(s)):
             raise ValueError(f"with a scalar per sample, positional tensors have the {len(s)} samples on their first axis; got shape {tuple(a.shape)} (pass what all samples share by keyword)")
     how = self.plan(s)
+    if how == "shared": return _run_shared(self.net, theta0, theta1, self.lam(s[0]), args, kwargs)
     if how == "per_sample":
         try: return _run_per_sample(self.net, theta0, theta1, self.lam(s), args, kwargs)
         except (RuntimeError, NotImplementedError) as e:

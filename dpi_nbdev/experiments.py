@@ -6,11 +6,12 @@
 __all__ = ['SAMPLERS', 'PAPER_TRAINING', 'SMALL_TRAINING', 'SMALL_NETS', 'Experiment', 'to_yaml', 'from_yaml',
            'paper_experiments', 'find_experiment', 'run_experiment', 'environment', 'load_run', 'describe_run']
 
-# %% ../nbs/50_experiments.ipynb #3f69f52b
+# %% ../nbs/50_experiments.ipynb #95e85c57
 import hashlib, json, os, platform, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from .data import ImageSplit, load_images
 from .diffusion import DiffusionLoss, VPDiffusion
 from .draws import draw_unit
 from .flow import FlowLoss, FlowMatching
-from .generate import sample_streams, starting_noise
-from .samplers import ddim, ddpm, dpm_solver
+from .generate import sample_streams
+from .samplers import ddim, ddpm, dpm_solver, start_noise
 from .solvers import sample_ode, sample_sde
 from .training import Trained, TrainSettings, every, lambda_log, plot_lambda_log, sample_grid, train
 from fastcore.basics import patch
@@ -168,7 +169,7 @@ def find_experiment(
     if name not in runs: raise ValueError(f"there is no experiment {name!r}; there are {', '.join(k for k in runs if not k.endswith('-small'))}, each also with -small")
     return runs[name]
 
-# %% ../nbs/50_experiments.ipynb #c976fc22
+# %% ../nbs/50_experiments.ipynb #9a4b4a7e
 def run_experiment(
     experiment: Experiment,
     out,                     # the run's folder; a run found there is continued
@@ -183,7 +184,7 @@ def run_experiment(
     data = e.make_data()
     channels = data.train.shape[1]
     model = e.make_model(channels).to(device)
-    first = starting_noise(sample_streams(e.training.seed, range(16)), (channels, e.size, e.size)).to(device)
+    first = start_noise(16, (channels, e.size, e.size), sample_streams(e.training.seed, range(16))).to(device)
     look = lambda model: e.sample(model, first, sample_streams(e.training.seed, range(16)), steps=min(50, e.sampler_steps), progress=False)
     trained = train(model, e.make_objective(), data.train, e.training, out=out, held_out=data.held_out[:2048], check_every=watch_every, save_every=save_every, progress=progress,
                     watch=[every(watch_every, sample_grid(out / "samples", look)), every(max(1, watch_every // 4), lambda_log(out))], desc=out.name)
@@ -192,7 +193,7 @@ def run_experiment(
         with atomic_write(out / "results.json") as tmp: tmp.write_text(json.dumps(_results(e, trained, data.train.shape[1:]), indent=1), encoding="utf-8")
     return trained
 
-# %% ../nbs/50_experiments.ipynb #976c48bf
+# %% ../nbs/50_experiments.ipynb #88c424e4
 def _claim(out, e):
     "Writes experiment.yaml and environment.json, or refuses a folder that belongs to another experiment."
     note = out / "experiment.yaml"
@@ -215,9 +216,8 @@ def _results(e, trained, shape):
 
 def environment() -> dict:
     "What a run's numbers depend on besides its settings: versions, processor, number of threads and ranks."
-    import numpy, dpi_nbdev
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(dpi_nbdev=dpi_nbdev.__version__, torch=torch.__version__, numpy=numpy.__version__, python=platform.python_version(), system=platform.platform(),
+    return dict(**{k: version(k) for k in ("dpi_nbdev", "torch", "numpy")}, python=platform.python_version(), system=platform.platform(),
                 processor=platform.processor() or platform.machine(), gpu=gpu, threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", "1")), date=time.strftime("%Y-%m-%d"))
 
 # %% ../nbs/50_experiments.ipynb #e6f08582

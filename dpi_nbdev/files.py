@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'area_resize', 'ImageError', 'decode_image', 'ImageSource', 'read_labels', 'ImageFiles',
-           'look_through', 'one_shape', 'broken_message', 'read_image']
+           'look_through', 'read_image', 'one_shape', 'broken_message']
 
 # %% ../nbs/29_files.ipynb #06a60040
 import functools, io, json, os, warnings, zipfile
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/29_files.ipynb #33521bfe
+# %% ../nbs/29_files.ipynb #8b5b4d89
 def area_resize(
     img: np.ndarray,  # (n, n, C) uint8, a square image
     size: int,        # m, rows and columns of the result, 1 to n
@@ -28,10 +28,13 @@ def area_resize(
 
 def _overlap_sums(a, size):
     "Sums of `a` (n, ...) along its first axis over `size` equal stretches, in units of 1/size of an entry: int64 (size, ...)."
-    k, part = np.divmod(np.arange(size + 1) * len(a), size)   # the edges of the stretches: entry and fraction
+    k, part = np.divmod(np.arange(size + 1) * len(a), size)      # the edges of the stretches: entry and fraction
+    first, m, longer = k[:-1], len(a) // size, np.diff(k) > len(a) // size
+    whole = a[first].astype(np.int64)                            # m or m + 1 entries begin in a stretch
+    for d in range(1, m): whole += a[first + d]
+    whole[longer] += a[first[longer] + m]
     part = part.reshape(-1, *[1] * (a.ndim - 1))
-    whole = np.add.reduceat(a, k[:-1], axis=0, dtype=np.int64)
-    return size * whole - part[:-1] * a[k[:-1]] + part[1:] * a[np.minimum(k[1:], len(a) - 1)]
+    return size * whole - part[:-1] * a[first] + part[1:] * a[np.minimum(k[1:], len(a) - 1)]
 
 # %% ../nbs/29_files.ipynb #72befda8
 MAX_PIXELS, MAX_BYTES = 2**26, 2**29   # the largest image and the largest file that are read
@@ -57,7 +60,7 @@ def _header(
     if size is not None and min(h, w) < size: raise ImageError(f"is {w}×{h}, smaller than {size}×{size}")
     return img, (h, w, 1 if mode in _GREY else 3)
 
-# %% ../nbs/29_files.ipynb #d56e6506
+# %% ../nbs/29_files.ipynb #073b9b28
 def decode_image(
     file,                         # path, bytes, or an open binary file
     size: int | None = None,      # crop to the centred square and average down to size×size; None: as it is
@@ -68,7 +71,8 @@ def decode_image(
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     with _reasons():
         img, (_, _, c) = _header(file, size)
-        c, img = channels or c, ImageOps.exif_transpose(img)
+        c = channels or c
+        ImageOps.exif_transpose(img, in_place=True)
         if img.has_transparency_data:
             img = img.convert("RGBA")
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
@@ -88,7 +92,7 @@ class _reasons:
                   "DecompressionBombError": f"declares more than {MAX_PIXELS:,} pixels"}.get(kind.__name__)
         raise ImageError(reason or f"cannot be decoded: {str(e).strip() or kind.__name__}") from e
 
-# %% ../nbs/29_files.ipynb #bb34cd33
+# %% ../nbs/29_files.ipynb #cb4df700
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 def _is_image(name):
@@ -104,7 +108,7 @@ def _walk(
     here = (os.stat(folder).st_dev, os.stat(folder).st_ino)
     if here in inside: raise ValueError(f"the link {prefix[:-1]!r} leads back to a folder that it lies in: remove it")
     for e in os.scandir(folder):
-        if e.is_dir(): yield from _walk(e.path, (*inside, here), f"{prefix}{e.name}/")
+        if e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path): yield from _walk(e.path, (*inside, here), f"{prefix}{e.name}/")
         else:
             try: s = e.stat()
             except OSError: s = None      # a link to nothing: kept, so that it is counted as broken
@@ -126,7 +130,7 @@ def _zip_entries(
             raise ValueError(f"{name!r} claims to unpack from {e.compress_size:,} to {e.file_size:,} bytes")
         yield name, (e.file_size, e.CRC)
 
-# %% ../nbs/29_files.ipynb #62e5c809
+# %% ../nbs/29_files.ipynb #caadd5ef
 class ImageSource:
     "The image files of a folder or a zip, sorted by name. Raises `FileNotFoundError` or `ValueError` when there are none to be had."
     def __init__(self,
@@ -136,7 +140,7 @@ class ImageSource:
         if not self.path.exists(): raise FileNotFoundError(f"there is no folder or zip {str(path)!r}")
         if not (self.path.is_dir() or self.path.suffix.lower() == ".zip"): raise ValueError(f"{str(path)!r} is neither a folder nor a zip")
         try: found = dict(_walk(self.path) if self.path.is_dir() else _zip_entries(self.zip))
-        except (zipfile.BadZipFile, ValueError) as e: raise ValueError(f"{str(path)!r} cannot be used: {e}") from e
+        except Exception as e: raise ValueError(f"{str(path)!r} cannot be used: {e}") from e   # zipfile fails in many ways on a damaged file
         self.names = sorted(filter(_is_image, found))      # (N,) names, with "/" on every system
         self.stamps = [found[n] for n in self.names]       # what changes when a file does
         if not self.names: raise ValueError(f"there is no PNG, JPEG or WebP file in {str(path)!r}" + (f" ({len(found)} others, for instance {min(found)!r})" if found else " (it is empty)"))
@@ -157,7 +161,7 @@ class ImageSource:
     def __getstate__(self): return self.__dict__ | {"_open": None}
     def __len__(self): return len(self.names)
 
-# %% ../nbs/29_files.ipynb #d294cdf7
+# %% ../nbs/29_files.ipynb #11623448
 def read_labels(
     source: ImageSource,
     names: list[str],     # the images whose labels are wanted
@@ -167,7 +171,7 @@ def read_labels(
     try:
         with source.open("dataset.json") as f: pairs = json.load(f)["labels"]
         labels = dict(pairs or [])
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"dataset.json in {str(source.path)!r} is not in the layout of EDM: {e!r}") from e
+    except Exception as e: raise ValueError(f"dataset.json in {str(source.path)!r} is not in the layout of EDM: {e!r}") from e
     if not labels or not all(isinstance(v, int) for v in labels.values()): return None
     for n in names:
         if n not in labels: raise ValueError(f"{n!r} has no label in dataset.json of {str(source.path)!r}")
@@ -199,7 +203,7 @@ class ImageFiles:
         if np.ndim(rows): return np.stack([self[r] for r in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
         return read_image(self.source, self.names[rows], self.size, self.channels, self.shape[1:])
 
-# %% ../nbs/29_files.ipynb #b7f6cb78
+# %% ../nbs/29_files.ipynb #db3649be
 def look_through(
     source: ImageSource,
     size: int | None,      # as in `ImageFiles`
@@ -218,6 +222,23 @@ def look_through(
         except ImageError as e: bad[name] = str(e).removeprefix(f"{name!r} ")
     return good, bad
 
+def read_image(
+    source: ImageSource,
+    name: str,             # one of its names
+    size: int | None,      # as in `decode_image`
+    channels: int,
+    shape=None,            # what it must come out as, if that is known
+) -> np.ndarray:           # (H, W, C) uint8
+    "One decoded image. Raises `ImageError` with its name."
+    try:
+        with _reasons(), source.open(name) as f: data = f.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES: raise ImageError(f"is larger than {MAX_BYTES:,} bytes")
+        x = decode_image(data, size, channels)
+        if shape is not None and x.shape != shape: raise ImageError(f"is {x.shape} and not {shape} as its header said")
+    except ImageError as e: raise ImageError(f"{name!r} {e}") from e.__cause__
+    return x
+
+# %% ../nbs/29_files.ipynb #86ce7c0d
 def one_shape(
     shapes: dict,  # name -> (H, W, C)
 ) -> tuple:        # (H, W, C)
@@ -238,19 +259,3 @@ def broken_message(
     "One sentence that counts and names the images that cannot be used."
     some = "; ".join(f"{n!r} {why}" for n, why in list(broken.items())[:3])
     return f"{len(broken)} of {len(source)} images in {str(source.path)!r} cannot be used: {some}{'; …' if len(broken) > 3 else ''} (skip_broken=True leaves them out)"
-
-def read_image(
-    source: ImageSource,
-    name: str,             # one of its names
-    size: int | None,      # as in `decode_image`
-    channels: int,
-    shape=None,            # what it must come out as, if that is known
-) -> np.ndarray:           # (H, W, C) uint8
-    "One decoded image. Raises `ImageError` with its name."
-    try:
-        with _reasons(), source.open(name) as f: data = f.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES: raise ImageError(f"is larger than {MAX_BYTES:,} bytes")
-        x = decode_image(data, size, channels)
-        if shape is not None and x.shape != shape: raise ImageError(f"is {x.shape} and not {shape} as its header said")
-    except ImageError as e: raise ImageError(f"{name!r} {e}") from e.__cause__
-    return x

@@ -27,11 +27,11 @@ def _decode(t): return torch.where(t > 0.5, (torch.pi * t).cos()**2, 0.)
 
 PATHS = {"linear": (_down, _up), "trigonometric": (_cos, _sin), "encoding-decoding": (_encode, _decode)}
 
-# %% ../nbs/21_flow.ipynb #c987163e
+# %% ../nbs/21_flow.ipynb #f2e3a017
 def _value_and_rate(
-    f: Callable,  # a function of time, made of PyTorch operations
+    f: Callable,  # a function of time, made of PyTorch operations, or one that gives several such
     t: Tensor,    # (...), float64
-) -> tuple[Tensor, Tensor]:  # f(t) and df/dt, each the shape of t
+):                # f(t) and df/dt, each the shape of t, or tuples of them
     "A function and its derivative at once, by forward-mode automatic differentiation."
     with torch.inference_mode(False):
         return torch.func.jvp(f, (t.detach().clone(),), (torch.ones_like(t),))
@@ -53,7 +53,7 @@ def _check_curve(
     slope = (f(t[2:] + h) - f(t[2:] - h)) / (2 * h)
     if not torch.allclose(slope, rate[2:], rtol=1e-3, atol=1e-4): raise ValueError(f"autograd does not find the slope of {name}; is it made of PyTorch operations only?")
 
-# %% ../nbs/21_flow.ipynb #c9ac2cef
+# %% ../nbs/21_flow.ipynb #73206162
 class Interpolant(Process):
     "x_s = α(s)·noise + β(s)·data, from noise at 0 to data at 1. Raises `ValueError` when α and β do not do that, `TypeError` for no functions."
     s_min, s_max, noise_at, data_at, predicts, data = 0., 1., 0., 1., "velocity", "x1"
@@ -66,7 +66,7 @@ class Interpolant(Process):
         _check_curve("alpha", self.alpha, 1, 0); _check_curve("beta", self.beta, 0, 1)
 
     def _factors(self, s): return self.beta(s), self.alpha(s)
-    def _factor_rates(self, s): return _finite(s, beta=_value_and_rate(self.beta, s)[1], alpha=_value_and_rate(self.alpha, s)[1])
+    def _factor_rates(self, s): return _finite(s, ("beta", "alpha"), _value_and_rate(self._factors, s)[1])
     def __repr__(self): return f"Interpolant({self.name})"
 
 class FlowMatching(Interpolant):
@@ -74,7 +74,7 @@ class FlowMatching(Interpolant):
     def __init__(self): super().__init__("linear")
     def __repr__(self): return "FlowMatching()"
 
-# %% ../nbs/21_flow.ipynb #f5417be7
+# %% ../nbs/21_flow.ipynb #546432c5
 def _path(path):
     "A path's two functions."
     if isinstance(path, str) and path in PATHS: return PATHS[path]
@@ -87,12 +87,12 @@ def _name(f):
     if isinstance(f, (tuple, list)): return "(" + ", ".join(map(_name, f)) + ")"
     return getattr(f, "__name__", type(f).__name__) if callable(f) else repr(f)
 
-def _finite(s, **rates):
+def _finite(s, names, rates):
     "The rates, if they are numbers. Raises `ValueError` where a curve is infinitely steep or has a kink."
-    for name, r in rates.items():
+    for name, r in zip(names, rates):
         if not bool(r.isfinite().all()):
             raise ValueError(f"{name} has no finite slope at s = {s[~r.isfinite()].flatten()[0].item():.6g}; keep a little away from there")
-    return tuple(rates.values())
+    return rates
 
 # %% ../nbs/21_flow.ipynb #01606bc5
 def interpolant_time(
@@ -112,7 +112,7 @@ def _room(f, gamma, t): return (1 - gamma(t)**2).sqrt() * f(t)
 
 GAMMAS = {"none": _none, "bridge": _bridge, "parabola": _parabola, "sine": _sine}
 
-# %% ../nbs/21_flow.ipynb #721211c8
+# %% ../nbs/21_flow.ipynb #356d2599
 class TwoSidedInterpolant(Process):
     "x_s = α(s)·x₀ + β(s)·x₁ + γ(s)·z, from data x₀ to data x₁. Raises `ValueError` for wrong ends, `TypeError` for no functions."
     s_min, s_max, noise_at, data_at, predicts, data = 0., 1., 0., 1., "velocity", "x1"
@@ -130,7 +130,7 @@ class TwoSidedInterpolant(Process):
         self.name = f"{_name(path)}, {_name(gamma)}"
 
     def _factors(self, s): return self.alpha(s), self.beta(s), self.gamma(s)
-    def _factor_rates(self, s): return _finite(s, **{k: _value_and_rate(getattr(self, k), s)[1] for k in ("alpha", "beta", "gamma")})
+    def _factor_rates(self, s): return _finite(s, ("alpha", "beta", "gamma"), _value_and_rate(self._factors, s)[1])
     def __repr__(self): return f"TwoSidedInterpolant({self.name})"
 
 # %% ../nbs/21_flow.ipynb #19464b8a
@@ -260,7 +260,7 @@ class FlowLoss:
 
     def __repr__(self): return f"FlowLoss({self.process!r}, {self.predicts!r}, antithetic={self.antithetic}, draw={self.draw!r}, groups={self.groups})"
 
-# %% ../nbs/21_flow.ipynb #20e71a5e
+# %% ../nbs/21_flow.ipynb #887b0764
 @patch
 def error(self: FlowLoss,
     y: Tensor,    # the model's answer, (B, ...)
@@ -272,7 +272,7 @@ def error(self: FlowLoss,
     p = self.process
     if self.predicts == "score": return (p.coefs(s, y)[-1] * y + eps).square()
     if self.predicts == "velocity" and isinstance(p, TwoSidedInterpolant):
-        *_, gamma_rate = p.rates(s, eps)
-        still = p.target(x, torch.zeros_like(eps), s, "velocity")
-        return (y - still).square() - 2 * gamma_rate * eps * y
+        rates = p.rates(s, eps)
+        still = rates[0] * x[0] + rates[1] * x[1]
+        return (y - still).square() - 2 * rates[2] * eps * y
     return (y - p.target(x, eps, s, self.predicts)).square()

@@ -6,19 +6,20 @@
 __all__ = ['GaussianMixture', 'timesteps', 'noise_streams', 'start_noise', 'Sampling', 'ddim', 'ddpm', 'dpm_solver',
            'random_walk']
 
-# %% ../nbs/22_samplers.ipynb #05b17be5
+# %% ../nbs/22_samplers.ipynb #4e4167f9
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 
 from .core import randn_like
 from .dpi import DPI, interpolate
 
-# %% ../nbs/22_samplers.ipynb #663300b5
+# %% ../nbs/22_samplers.ipynb #523e84d8
 class GaussianMixture:
     "Data with a known law, Σ wₖ N(mₖ, Cₖ) on the last axis, and the answers of a perfect model about it. Raises `ValueError` for shapes that do not fit."
     def __init__(self,
@@ -38,16 +39,6 @@ class GaussianMixture:
         self.spread, self.axes = torch.linalg.eigh(self.covs)      # (K, D), (K, D, D)
         self.spread = self.spread.clamp(min=0)
 
-    def answers(self, x, s):
-        "log p_s(x), the data's and the score's expectation, given x (..., D) at one s; all in float64."
-        a, b = _numbers(self.process.coefs, s)
-        off = torch.einsum("kde,...kd->...ke", self.axes, x.double()[..., None, :] - a * self.means)   # (..., K, D), along the axes
-        var = a**2 * self.spread + b**2
-        log_parts = self.weights.log() - 0.5 * (off**2 / var + (2 * math.pi * var).log()).sum(-1)
-        r = log_parts.softmax(-1)[..., None]
-        back = lambda v: torch.einsum("kde,...ke->...kd", self.axes, v)
-        return log_parts.logsumexp(-1), (r * (self.means + back(a * self.spread * off / var))).sum(-2), -(r * back(off / var)).sum(-2)
-
     def __call__(self, x, s):
         "The perfect prediction of `kind`, like x."
         _, data, score = self.answers(x, s)
@@ -61,19 +52,31 @@ class GaussianMixture:
         else: raise ValueError(f"kind must be 'eps', 'score', 'velocity', 'v' or {self.process.data!r}; got {self.kind!r}")
         return y.to(x.dtype)
 
-    def sample(self, n, generator=None):
-        "(n, D) float64 draws of the data."
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return self.means[k] + torch.einsum("nde,ne->nd", self.axes[k], self.spread[k].sqrt() * z)
+# %% ../nbs/22_samplers.ipynb #e3d669c8
+@patch
+def answers(self: GaussianMixture, x, s):
+    "log p_s(x), the data's and the score's expectation, given x (..., D) at one s; all in float64."
+    a, b = _numbers(self.process.coefs, s)
+    off = torch.einsum("kde,...kd->...ke", self.axes, x.double()[..., None, :] - a * self.means)   # (..., K, D), along the axes
+    var = a**2 * self.spread + b**2
+    log_parts = self.weights.log() - 0.5 * (off**2 / var + (2 * math.pi * var).log()).sum(-1)
+    r = log_parts.softmax(-1)[..., None]
+    back = lambda v: torch.einsum("kde,...ke->...kd", self.axes, v)
+    return log_parts.logsumexp(-1), (r * (self.means + back(a * self.spread * off / var))).sum(-2), -(r * back(off / var)).sum(-2)
+
+@patch
+def sample(self: GaussianMixture,
+    n: int,          # number of draws
+    generator=None,  # torch's global one if None
+) -> Tensor:         # (n, D) float64
+    "Draws of the data."
+    k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+    z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+    return self.means[k] + torch.einsum("nde,ne->nd", self.axes[k], self.spread[k].sqrt() * z)
 
 def _numbers(f, s):
     "A process's `coefs` or `rates` at one s, as two floats."
-    return tuple(float(c) for c in f(_double(s), torch.zeros(1, dtype=torch.float64)))
-
-def _double(s):
-    "One number as a float64 tensor, so that no digit of a Python float is lost."
-    return torch.tensor(float(s), dtype=torch.float64)
+    return tuple(float(c) for c in f(s, torch.zeros(1, dtype=torch.float64)))
 
 # %% ../nbs/22_samplers.ipynb #8908fefc
 def timesteps(
@@ -108,12 +111,15 @@ def _own_steps(process, steps, spacing):
     if steps not in (None, len(own)): raise ValueError(f"the list holds {len(own)} steps, but steps={steps}; leave steps out, or make them agree")
     return own
 
-# %% ../nbs/22_samplers.ipynb #57a84a14
+# %% ../nbs/22_samplers.ipynb #837bb763
 def noise_streams(
-    n: int,                                    # number of samples
-    generator: torch.Generator | None = None,  # gives one seed per sample, in order; torch's global one if none
-) -> Callable:                                 # draw(x) -> standard normal noise like x, sample i from its own stream
-    "Independent noise for each sample of a batch, the same however samples are grouped into batches."
+    n: int,          # number of samples
+    generator=None,  # a torch.Generator that gives one seed per sample, in order (torch's global one if None), or a list of n generators
+) -> Callable:       # draw(x) -> standard normal noise like x, sample i from its own stream
+    "Independent noise for each sample of a batch, the same however samples are grouped into batches. Raises `ValueError` for another number of generators."
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != n: raise ValueError(f"a list of generators has one for each sample: got {len(generator)} for {n}")
+        return lambda x: torch.stack([randn_like(xi, g) for xi, g in zip(x, generator)])
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=device).tolist()
     streams = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -122,12 +128,12 @@ def noise_streams(
 def start_noise(
     n: int,                                    # number of samples
     shape: tuple,                              # of one sample, such as (3, 64, 64)
-    generator: torch.Generator | None = None,  # gives one seed per sample, in order
+    generator=None,                            # as in `noise_streams`
 ) -> Tensor:                                   # (n, *shape) float32
     "Standard normal noise to start from; sample i is the same in one batch of 64 as in 64 batches of one."
     return noise_streams(n, generator)(torch.empty(n, *shape))
 
-# %% ../nbs/22_samplers.ipynb #54b8f284
+# %% ../nbs/22_samplers.ipynb #84501847
 class Sampling:
     "One run of a sampler. Raises `ValueError` or `TypeError` for a start or steps that make no sense and, naming the step, for a model that answers with NaN or a wrong shape."
     def __init__(self,
@@ -138,7 +144,7 @@ class Sampling:
         *,
         spacing="trailing",            # which steps, a name or the list, see `timesteps`
         predicts: str | None = None,   # what the model answers, such as "eps", "v", "velocity"; `process.predicts` if None
-        generator: torch.Generator | None = None,  # for fresh noise, one stream per sample; torch's global one if none
+        generator=None,                # for fresh noise, one stream per sample, see `noise_streams`
         batch_size: int | None = None, # samples that go through the model at once; all if None
         progress: bool = True,         # show a progress bar
         callback: Callable | None = None,  # callback(s, x) is told of the start and of every state that follows
@@ -158,44 +164,52 @@ class Sampling:
             self.where = f"step {i + 1} of {len(pairs)}"
             yield s, then
 
-    def ask(self, x, s):
-        "The model's answer about x at s, in the dtype of x."
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        net = self.at(torch.tensor(s, device=x.device, dtype=None if isinstance(s, int) else wide))
-        y = [net(part) for part in x.split(self.batch_size)]
-        return _check_answer(y[0] if len(y) == 1 else torch.cat(y), x, f"{self.where} (s = {s:.6g})")
-
-    def guess(self, x, s, clip=False):
-        "The clean data and the noise that the model sees in x."
-        y = self.ask(x, s)
-        data = self.convert(x, y, s, self.process.data)
-        if not clip: return data, self.convert(x, y, s, "eps")
-        data = data.clamp(-1, 1)
-        return data, self.process.convert(x, data, _double(s), self.process.data, "eps")
-
-    def convert(self, x, y, s, wanted):
-        "The model's answer y as another kind."
-        return self.process.convert(x, y, _double(s), self.predicts, wanted)
-
-    def coefs(self, s):
-        "The shares of data and noise at s, two floats; (1, 0) for None, clean data."
-        return (1., 0.) if s is None else _numbers(self.process.coefs, s)
-
-    def fresh(self, x):
-        "Standard normal noise like x, each sample from its own stream."
-        if self.streams is None: self.streams = noise_streams(len(x), self.generator)
-        return self.streams(x)
-
     def show(self, s, x):
-        "Tells the callback."
+        "Tells the callback; s is None for clean data."
         if self.callback is not None: self.callback(self.end if s is None else s, x)
 
-    def finish(self, x):
-        "From the state at the data end to clean data: whole-step processes still have some noise there, which one more call takes away."
-        if not hasattr(self.process, "T"): return x
-        x, _ = self.guess(x, self.end)
-        self.show(None, x)
-        return x
+# %% ../nbs/22_samplers.ipynb #e1ddbff3
+@patch
+def ask(self: Sampling, x, s):
+    "The model's answer about x at s, in the dtype of x."
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    net = self.at(torch.tensor(s, device=x.device, dtype=None if isinstance(s, int) else wide))
+    y = [net(part) for part in x.split(self.batch_size)]
+    return _check_answer(y[0] if len(y) == 1 else torch.cat(y), x, f"{self.where} (s = {s:.6g})")
+
+@patch
+def convert(self: Sampling, x, y, s, wanted):
+    "The model's answer y as another kind."
+    return self.process.convert(x, y, s, self.predicts, wanted)
+
+@patch
+def guess(self: Sampling, x, s, clip=False):
+    "The clean data and the noise that the model sees in x."
+    y = self.ask(x, s)
+    data = self.convert(x, y, s, self.process.data)
+    if not clip: return data, self.convert(x, y, s, "eps")
+    data = data.clamp(-1, 1)
+    return data, self.process.convert(x, data, s, self.process.data, "eps")
+
+# %% ../nbs/22_samplers.ipynb #8b75bfea
+@patch
+def coefs(self: Sampling, s):
+    "The shares of data and noise at s, two floats; (1, 0) for None, clean data."
+    return (1., 0.) if s is None else _numbers(self.process.coefs, s)
+
+@patch
+def fresh(self: Sampling, x):
+    "Standard normal noise like x, each sample from its own stream."
+    if self.streams is None: self.streams = noise_streams(len(x), self.generator)
+    return self.streams(x)
+
+@patch
+def finish(self: Sampling, x):
+    "From the state at the data end to clean data: whole-step processes still have some noise there, which one more call takes away."
+    if not hasattr(self.process, "T"): return x
+    x, _ = self.guess(x, self.end)
+    self.show(None, x)
+    return x
 
 # %% ../nbs/22_samplers.ipynb #64f6799f
 def _at_one_scalar(model):

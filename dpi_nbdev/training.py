@@ -118,7 +118,7 @@ class Part:
         if len(y) == len(x): return y
         return F.pad(y, (0, 0) * (y.ndim - 1) + (self.rows.start, len(x) - self.rows.stop))
 
-# %% ../nbs/31_training.ipynb #50814458
+# %% ../nbs/31_training.ipynb #4c0143e7
 class Run:
     "A training run. `train` calls its methods; look there for their order."
     def __init__(
@@ -131,7 +131,7 @@ class Run:
         from accelerate import Accelerator
         o, self.device = settings, next(model.parameters()).device
         launched = "LOCAL_RANK" in os.environ                     # by torchrun or accelerate launch
-        self.ranks = Accelerator(cpu=launched and self.device.type == "cpu")
+        self.ranks = Accelerator(mixed_precision="no", cpu=launched and self.device.type == "cpu")
         self.rank, self.world = self.ranks.process_index, self.ranks.num_processes
         if self.world > 1: self.device = self.ranks.device
         if o.batch_size % (self.world * o.accumulate): raise ValueError(f"batch_size={o.batch_size} does not divide by {self.world} ranks × accumulate={o.accumulate}")
@@ -141,14 +141,14 @@ class Run:
         self.model = self.shared = self.ranks.prepare_model(self.net) if self.world > 1 else self.net
         if o.compile: self.model = torch.compile(self.model)
         self.optimizer = torch.optim.AdamW(param_groups(self.net, o.lr, o.phi_lr, o.weight_decay), fused=self.device.type in ("cpu", "cuda", "mps"))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rate_factor(i, o.steps, o.warmup, o.schedule) if i < o.steps else 0.)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rate_factor(min(i, o.steps - 1), o.steps, o.warmup, o.schedule))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.precision == "fp16")
         self.step, self.looked_at, self.losses = 0, 0, torch.zeros(o.steps, device=self.device)
         self.held_out, self.norm, self.seconds, self.saved = [], None, 0., None
         self.patience = 1 if self.device.type == "cpu" else 10   # steps between two looks at the losses: a GPU is made to wait
         self.optimizer.zero_grad()
 
-# %% ../nbs/31_training.ipynb #087253e9
+# %% ../nbs/31_training.ipynb #bf2c9c26
 @patch
 def batch(self: Run) -> Tensor:  # (B / ranks, C, H, W)
     "This rank's images of the step, on its device."
@@ -173,6 +173,7 @@ def gradients(self: Run,
         total = total + loss.detach() / o.accumulate
     self.losses[self.step] = total
 
+# %% ../nbs/31_training.ipynb #0ef5bec7
 @patch
 def clip(self: Run):
     "Shortens the gradient to the largest norm allowed, and notes what it was."
@@ -263,7 +264,7 @@ def faults(self: Run,
         if step > now["steps"] or rates(then["steps"]) != rates(now["steps"]): found = [f"steps was {then['steps']} and is {now['steps']}, with which the learning rates of the {step} steps so far would have been others"]
     return found + state_faults(self.net.state_dict(), state["network"])
 
-# %% ../nbs/31_training.ipynb #7000764e
+# %% ../nbs/31_training.ipynb #4607effd
 @patch
 def state(self: Run) -> dict:
     "Where this run stands, for a checkpoint."
@@ -279,13 +280,15 @@ def restore(self: Run,
     self.net.load_state_dict(state["network"])
     self.average.load_state_dict(state["average"])
     self.optimizer.load_state_dict(state["optimizer"])
-    for p, moments in self.optimizer.state.items():         # the moments get the memory layout of their parameters: fused kernels rely on it
+    for p, moments in self.optimizer.state.items():         # in the layout of their parameters, see above
         moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape and k != "step"})
     self.schedule.load_state_dict(state["schedule"] | dict(lr_lambdas=[None] * len(self.optimizer.param_groups)))
+    for group, peak, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas): group["lr"] = peak * factor(state["step"])  # a longer run goes on with its own rates
     if self.scaler.is_enabled(): self.scaler.load_state_dict(state["scaler"])
     self.step = self.looked_at = state["step"]
     self.losses[:self.step], self.held_out, self.seconds = state["losses"].to(self.device), state["held_out"], state["seconds"]
 
+# %% ../nbs/31_training.ipynb #b5c61a6e
 @patch
 def save(self: Run,
     store: Checkpoints,
@@ -365,7 +368,7 @@ def _step_of(line):
     try: return json.loads(line)["step"]
     except ValueError: return math.inf
 
-# %% ../nbs/31_training.ipynb #8b2511ed
+# %% ../nbs/31_training.ipynb #ed002da3
 @dataclass(frozen=True, repr=False)
 class Trained:
     "What `train` returns."
@@ -374,6 +377,7 @@ class Trained:
     seconds: float    # wall-clock time of the loop, over all resumptions
     held_out: list = field(default_factory=list)  # (step, held-out loss) for each time it was measured
 
+# %% ../nbs/31_training.ipynb #efb798b3
 def train(
     model: nn.Module,             # model(x, s); trained in place, on the kind of device where it is
     objective: Callable,          # objective(model, x, generator) -> loss (), per-sample values (B,): `DiffusionLoss`, `FlowLoss`, …
@@ -447,7 +451,7 @@ def _stopped(run, number):
     saved = f"its state is in {str(run.saved)!r}, and the same call continues it" if run.saved or run.rank else "and its state could not be saved"
     return f"training was stopped by {signal.Signals(number).name} at step {run.step} of {run.settings.steps}; {saved}"
 
-# %% ../nbs/31_training.ipynb #b195775d
+# %% ../nbs/31_training.ipynb #0e618e81
 def every(
     k: int,         # steps
     f: Callable,    # f(step, model)
@@ -469,6 +473,7 @@ def sample_grid(
         with atomic_write(folder/f"step-{step:09d}.png") as tmp: Image.fromarray(grid).save(tmp)
     return watch
 
+# %% ../nbs/31_training.ipynb #c766453c
 def lambda_log(
     folder,             # where lambda.jsonl goes; made if missing
     points: int = 33,   # of the curve

@@ -1,13 +1,8 @@
 """Files that certify themselves: every cut, every flipped bit, every stranger is noticed, and a full disk harms nothing."""
-import json
-import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch

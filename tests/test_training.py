@@ -1,4 +1,5 @@
 """Runs that are killed, stopped, starved of disk and resumed, by real signals in real processes."""
+import errno
 import json
 import multiprocessing
 import os
@@ -7,7 +8,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from dpi_nbdev.training import Run, TrainingStopped, TrainSettings, train
 
 SETTINGS = TrainSettings(steps=240, batch_size=8, ema=0.99)
 FORK = multiprocessing.get_context("forkserver")  # a server that has imported everything forks each child in milliseconds
-FORK.set_forkserver_preload(["accelerate", "dpi_nbdev.training", "dpi_nbdev.data", "dpi_nbdev.diffusion", "sklearn.datasets", "pytest"])
+FORK.set_forkserver_preload(["accelerate", "dpi_nbdev.training", "dpi_nbdev.data", "dpi_nbdev.diffusion", "sklearn.datasets", "torch._dynamo", "pytest"])
 
 
 def model():
     "Convolutions, batch norm, dropout: parameters, buffers and the global generator all matter."
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(4, 1, 3, padding=1))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1),
+                        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
     return DPI(net, init="fresh")
 
 
@@ -50,7 +51,7 @@ def child(out, deadly=None, limit=None, settings=SETTINGS, slow=0.):
     try:
         run(out, settings, watch=[lambda step, model: time.sleep(slow)])
     except TrainingStopped as e:
-        print(e)
+        Path(f"{out}.said").write_text(str(e))
         sys.exit(e.exit_code)
 
 
@@ -110,12 +111,11 @@ def test_killed_at_many_instants_and_resumed_to_the_same_bits(straight, tmp_path
     for i in range(18):
         if i % 2:  # in the middle of saving: at the i-th request to the operating system
             process = start(tmp_path / "run", deadly=3 + i)
-        else:      # at any instant, measured from the first sign of life
-            began = time.time()
-            process = start(tmp_path / "run", slow=0.002)
-            log = tmp_path / "run" / "log.jsonl"
-            until(lambda: log.exists() and log.stat().st_mtime > began or not process.is_alive())
-            time.sleep(rng.uniform(0, 0.12))
+        else:      # at any instant after it has saved something new
+            before = checkpoints(tmp_path / "run")[-1:]
+            process = start(tmp_path / "run", slow=0.01)
+            until(lambda: checkpoints(tmp_path / "run")[-1:] != before or not process.is_alive())
+            time.sleep(rng.uniform(0, 0.06))
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
         process.join(60)
@@ -138,13 +138,13 @@ def test_killed_at_many_instants_and_resumed_to_the_same_bits(straight, tmp_path
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_told_to_stop(straight, tmp_path, number, code, capfd):
+def test_told_to_stop(straight, tmp_path, number, code):
     process = start(tmp_path / "run", slow=0.01)
     until(lambda: checkpoints(tmp_path / "run"))
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code
-    said = capfd.readouterr().out
+    said = (tmp_path / "run.said").read_text()
     assert f"training was stopped by {number.name} at step " in said and "the same call continues it" in said
     step = int(said.split("at step ")[1].split()[0])
     assert checkpoints(tmp_path / "run")[-1].name.startswith(f"step-{step:09d}-")
@@ -181,26 +181,35 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(straight, t
         run(tmp_path / "run", few)
 
 
-def test_a_full_disk_is_a_warning(straight, tmp_path):
-    run(tmp_path / "run", replace(SETTINGS, steps=4, schedule="constant", warmup=0.))
-    before = {p: p.read_bytes() for p in checkpoints(tmp_path / "run")}
-    import errno
-    import dpi_nbdev.core
-    few, real = replace(SETTINGS, steps=10, schedule="constant", warmup=0.), os.fsync
-    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
-    dpi_nbdev.core.os.fsync = lambda fd: full(fd)
-    try:
-        # the log is written first, with room; then the disk is full
-        with pytest.warns(UserWarning, match="no checkpoint at step .*the disk is full.*training goes on .the last one is .*step-000000004"):
-            data = digits()
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr("dpi_nbdev.training._Log.__init__", lambda self, out, run: self.__dict__.update(path=None, trackers=[], reported=run.step, clock=time.perf_counter()))
-                m.setattr("dpi_nbdev.training._Log.report", lambda self, run: None)
-                end = train(model(), DiffusionLoss(VPDiffusion()), data.train, few, tmp_path / "run", save_every=3, progress=False)
-    finally:
-        dpi_nbdev.core.os.fsync = real
-    assert len(end.losses) == 10 and end.losses.isfinite().all()
+@pytest.mark.parametrize("settings", [dict(precision="bf16", accumulate=2), dict(precision="fp16"), dict(flip=True, ema=0.5)])
+def test_resumed_in_every_mode(tmp_path, settings):
+    few = replace(SETTINGS, schedule="constant", warmup=0., **settings)
+    want = run(tmp_path / "straight", replace(few, steps=8), check_every=4)
+    run(tmp_path / "run", replace(few, steps=4), check_every=4)
+    end = run(tmp_path / "run", replace(few, steps=8), check_every=4)  # the rates so far are the same: the run is made longer
+    assert torch.equal(end.losses, want.losses)
+    a, b = (read_state(checkpoints(tmp_path / name)[-1]) for name in ("straight", "run"))
+    assert a["step"] == 8 and equal(a, b)
+    assert ("scale" in a["scaler"]) == (few.precision == "fp16")
+
+
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
+    few = replace(SETTINGS, schedule="constant", warmup=0.)
+    run(tmp_path / "run", replace(few, steps=4))
+    before, real = {p: p.read_bytes() for p in checkpoints(tmp_path / "run")}, Path.write_bytes
+
+    def full(path, data):
+        if "step-" in path.name and not path.name.startswith("step-000000004"):
+            real(path, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match="no checkpoint at step .*the disk is full.*training goes on .the last one is .*step-000000004") as caught:
+        end = run(tmp_path / "run", replace(few, steps=10))
+    assert len(caught) == 3 and len(end.losses) == 10 and end.losses.isfinite().all()
     assert {p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
+    monkeypatch.undo()
+    assert torch.equal(run(tmp_path / "run", replace(few, steps=10)).losses, end.losses)  # and from there once more, with room
 
 
 def test_a_limit_on_file_sizes_does_not_stop_a_run(tmp_path):
@@ -211,19 +220,16 @@ def test_a_limit_on_file_sizes_does_not_stop_a_run(tmp_path):
 
 def test_without_a_folder_nothing_is_written_and_signals_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.random.get_rng_state()
+    before = signal.getsignal(signal.SIGINT)
     handlers = []
     run(None, replace(SETTINGS, steps=3), watch=[lambda step, model: handlers.append(signal.getsignal(signal.SIGINT))])
-    assert list(tmp_path.iterdir()) == [] and handlers == [before[0]] * 3
+    assert list(tmp_path.iterdir()) == [] and handlers == [before] * 3
     torch.manual_seed(3)
     want = torch.rand(3)
     torch.manual_seed(3)
-    train(nn.ModuleList([model()])[0], DiffusionLoss(VPDiffusion()), digits().train, replace(SETTINGS, steps=2), progress=False)
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    data, m = digits(), model()
+    state, data, net = torch.random.get_rng_state(), digits(), model()
     torch.random.set_rng_state(state)
-    train(m, DiffusionLoss(VPDiffusion()), data.train, replace(SETTINGS, steps=2), progress=False)
+    train(net, DiffusionLoss(VPDiffusion()), data.train, replace(SETTINGS, steps=2), progress=False)
     assert torch.equal(torch.rand(3), want)  # the caller's random numbers go on as if nothing had happened
 
 
@@ -249,9 +255,9 @@ def test_compiled(tmp_path):
     torch._dynamo.reset()
 
 
-def test_the_loop_adds_little(straight):
+def test_the_loop_adds_little():
     "Everything but forward, backward and optimizer, for this tiny network, in microseconds a step: the loop itself must be cheap."
-    run = Run(nn_conv := DPI(nn.Conv2d(1, 1, 1)), DiffusionLoss(VPDiffusion()), digits().train, replace(SETTINGS, steps=400))
+    run = Run(DPI(nn.Conv2d(1, 1, 1)), DiffusionLoss(VPDiffusion()), digits().train, replace(SETTINGS, steps=400))
     times = []
     for _ in range(200):
         x = run.batch()
