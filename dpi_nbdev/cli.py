@@ -77,7 +77,7 @@ def steps_for(seconds, settings):
         total += train(model, objective, images, TrainSettings(steps=n), progress=False).seconds / n
     return max(20, int(seconds / total))
 
-# %% ../nbs/51_cli.ipynb #8a903fda
+# %% ../nbs/51_cli.ipynb #5b438bd2
 @command
 def dpi_data(
     source: str,                # folder or .zip of images
@@ -89,7 +89,8 @@ def dpi_data(
     "Converts a folder or zip of images into one memory-mapped array of bytes."
     from dpi_nbdev.convert import convert_images
     done = convert_images(source, out, size=size, workers=workers, skip_broken=skip_broken)
-    print(done)
+    skipped = f"; {len(done['skipped'])} skipped, listed in {Path(out).with_suffix('.json')}" if done["skipped"] else ""
+    print(f"{done['images']:,} images of {size}×{size} in {out}{skipped}")
 
 # %% ../nbs/51_cli.ipynb #bab94d7b
 @command

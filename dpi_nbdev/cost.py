@@ -318,7 +318,7 @@ def plot_cost(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/32_cost.ipynb #1cac6456
+# %% ../nbs/32_cost.ipynb #5ce490d3
 _GPU_MODES = {"float32": {}, "bfloat16": dict(autocast=torch.bfloat16), "bfloat16, compiled": dict(autocast=torch.bfloat16, compile={}),
               "bfloat16, compiled, CUDA graphs": dict(autocast=torch.bfloat16, compile=dict(mode="reduce-overhead"))}
 
@@ -339,9 +339,8 @@ def benchmark(
                  batch=batch, size=size, rounds=rounds, command=command, allocator={k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}, tables={})
     for backbone in backbones:
         rows = {k: row for k, row in paper_rows(backbone, batch, size, device, **settings).items() if not names or k in names}
-        for model, x, s in rows.values(): _call(model, x[:1], s[:1] if isinstance(s, Tensor) else s)   # what is done only once, on one image
         for mode, options in (_GPU_MODES if gpu else {"float32": {}}).items():
-            table = cost_table(rows, rounds, warmup=int(gpu), **options)
+            table = cost_table(rows, rounds, **options)
             facts["tables"][f"{backbone}, {mode}"] = {name: asdict(cost) for name, cost in table.items()}
             with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1))
     return facts

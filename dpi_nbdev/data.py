@@ -18,12 +18,12 @@ from torch import Tensor
 from .core import seeded
 from .files import ImageFiles, read_labels
 
-# %% ../nbs/30_data.ipynb #dbbef8b3
+# %% ../nbs/30_data.ipynb #ac4825ab
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSplit:
     "Images in [-1, 1] in two disjoint parts, one to train on and one that is held out; labels where there are any."
-    train: "Tensor | ImageArray"            # (N, C, H, W) float32, pixels in [-1, 1]
-    held_out: "Tensor | ImageArray"         # (M, C, H, W) float32, pixels in [-1, 1]; M may be 0
+    train: Tensor                           # (N, C, H, W) float32, pixels in [-1, 1]; or an `ImageArray` of these
+    held_out: Tensor                        # (M, C, H, W) float32, pixels in [-1, 1]; M may be 0; or an `ImageArray`
     train_labels: Tensor | None = None      # (N,) int64
     held_out_labels: Tensor | None = None   # (M,) int64
 
