@@ -77,18 +77,19 @@ def steps_for(seconds, settings):
         total += train(model, objective, images, TrainSettings(steps=n), progress=False).seconds / n
     return max(20, int(seconds / total))
 
-# %% ../nbs/51_cli.ipynb #5b438bd2
+# %% ../nbs/51_cli.ipynb #04c4209a
 @command
 def dpi_data(
     source: str,                # folder or .zip of images
     out: str,                   # the .npy file to make
     size: int = 64,             # side of the square images, in pixels
+    channels: int = None,       # 1 or 3: make all images grey or RGB; if not given, a mixture is an error
     workers: int = None,        # processes; all cores if not given
     skip_broken: bool = False,  # leave out what cannot be read, and list it, instead of stopping
 ):
     "Converts a folder or zip of images into one memory-mapped array of bytes."
     from dpi_nbdev.convert import convert_images
-    done = convert_images(source, out, size=size, workers=workers, skip_broken=skip_broken)
+    done = convert_images(source, out, size=size, channels=channels, workers=workers, skip_broken=skip_broken)
     skipped = f"; {len(done['skipped'])} skipped, listed in {Path(out).with_suffix('.json')}" if done["skipped"] else ""
     print(f"{done['images']:,} images of {size}×{size} in {out}{skipped}")
 
