@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 # %% ../nbs/60_api.ipynb #89e62ad6
 __version__ = "0.1.0"
 
-# %% ../nbs/60_api.ipynb #d38c5d66
+# %% ../nbs/60_api.ipynb #d4ba5c5b
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
@@ -32,7 +32,7 @@ _public = {
     "files": "ImageFiles",
     "data": "load_images digits photos ImageSplit ImageArray Batches",
     "training": "train TrainSettings",
-    "cost": "model_cost cost_table relative_times",
+    "cost": "model_cost cost_table cost_text relative_times",
     "convert": "convert_images",
     "metrics": "eps_mse",
     "experiments": "Experiment find_experiment run_experiment",
