@@ -13,12 +13,14 @@ from dpi_nbdev import DPI, LinearLambda
 from dpi_nbdev.cost import Cost, LiveBytes, benchmark, cost_table, cost_text, load_costs, model_cost, paper_flops, paper_rows, torch_flops
 
 GROWTH = """
-import resource, sys, torch
+import os, resource, torch
 from torch import nn
 from dpi_nbdev.cost import model_cost, training_step
 net, x = nn.Sequential(nn.Linear(1000, 1000), *[nn.Tanh() for _ in range(40)]), torch.randn(4000, 1000)
 for half in training_step(net, x[:10]): half()          # whatever PyTorch sets up once
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():  # ru_maxrss on Linux starts with what the parent process had in use
+    if not os.path.exists("/proc/self/status"): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 expected = model_cost(net, x, rounds=0).peak             # on the meta device: takes no memory worth mentioning
 before = peak()
 for half in training_step(net, x): half()
