@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 # %% ../nbs/60_api.ipynb #89e62ad6
 __version__ = "0.1.0"
 
-# %% ../nbs/60_api.ipynb #d4ba5c5b
+# %% ../nbs/60_api.ipynb #d63c7c1e
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
@@ -34,8 +34,11 @@ _public = {
     "training": "train TrainSettings",
     "cost": "model_cost cost_table cost_text relative_times",
     "convert": "convert_images",
-    "metrics": "eps_mse",
+    "metrics": "eps_mse velocity_mse midpoints noise_scaled feature_statistics frechet_distance precision_recall inception_score bootstrap fid_by_n",
+    "features": "Features Inception DigitFeatures PhotoFeatures PixelFeatures extract",
+    "evaluate": "evaluate_samples evaluation_table make_reference",
     "experiments": "Experiment find_experiment run_experiment",
+    "tables": "Study run_study collect_study",
 }
 _home = {name: module for module, names in _public.items() for name in names.split()}
 __all__ = ["__version__", *_home]
@@ -55,7 +58,7 @@ def __dir__():
     "Everything that can be asked for, imported or not."
     return sorted({*globals(), *_home, *_public})
 
-# %% ../nbs/60_api.ipynb #bedbc1e5
+# %% ../nbs/60_api.ipynb #5cb3e96b
 if TYPE_CHECKING:
     from dpi_nbdev.core import *
     from dpi_nbdev.monotone import *
@@ -78,4 +81,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.cost import *
     from dpi_nbdev.convert import *
     from dpi_nbdev.metrics import *
+    from dpi_nbdev.features import *
+    from dpi_nbdev.evaluate import *
     from dpi_nbdev.experiments import *
+    from dpi_nbdev.tables import *

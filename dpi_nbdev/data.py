@@ -114,7 +114,7 @@ def _generator(
     *key: int,  # any whole numbers, for instance (seed, epoch, purpose)
 ) -> torch.Generator:
     "A generator whose stream is a function of all the numbers in `key`."
-    return seeded(int(np.random.SeedSequence([_whole(k, "seed") % 2**64 for k in key]).generate_state(1, np.uint64)[0] >> 1))
+    return seeded(int(np.random.SeedSequence([_whole(k, "seed") % 2**64 for k in key]).generate_state(1, np.uint64)[0]) >> 1)
 
 # %% ../nbs/30_data.ipynb #746f623a
 class ImageArray:

@@ -212,9 +212,9 @@ def results_table(results: dict) -> list:  # rows of strings, the first is the h
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>DPI on real digits</title><style>
 :root{{color-scheme:light dark}} body{{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-h1{{font-size:1.6rem}} h2{{font-size:1.2rem;margin-top:2rem}} img{{max-width:100%;border-radius:6px;background:#fff}} .wide{{overflow-x:auto}}
-table{{border-collapse:collapse}} th,td{{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #8886;white-space:nowrap}} th:first-child,td:first-child{{text-align:left}}
-.lead{{font-size:1.15rem}} figcaption,footer{{color:#777;font-size:.9rem}} figure{{margin:0}}
+h1{{font-size:1.6rem}} h2{{font-size:1.2rem;margin-top:2rem}} img{{max-width:100%;border-radius:6px;background:#fff}} .wide{{overflow-x:auto}} .samples img,.denoising img{{min-width:36rem}}
+table{{border-collapse:collapse}} th,td{{padding:.35rem .7rem;text-align:right;border-bottom:1px solid #8886;white-space:nowrap}} th:first-child,td:first-child{{text-align:left;padding-left:0}}
+.lead{{font-size:1.15rem}} figcaption,footer{{opacity:.8;font-size:.9rem}} figure{{margin:0}}
 </style><h1>Deep Parameter Interpolation on real digits</h1><p class="lead">{verdict}</p>
 <p>Two DRUNets learned to denoise {train:,} real 8×8 digits at every noise level of a diffusion process: one is told the time by an extra input channel (t map), one by
 interpolating between two parameter sets (DPI). Same batches of {batch}, same {steps:,} steps, same noise. ε-MSE: mean ± standard deviation over {seeds} noise seeds on {held} held-out digits,
@@ -232,6 +232,11 @@ _CAPTIONS = {
     "lambda": "The learned interpolation function: θ⁰ alone at the bottom, θ¹ alone at the top.",
     "denoising": "Noise level from left to right: a digit denoised in one step, the error of both models, and their ratio.",
 }
+_ALTS = {
+    "samples": "Three grids of 64 small digits: real ones, samples of the t map, samples of DPI.",
+    "lambda": "λ over the diffusion step at several stages of training; it starts as a straight line from 0 to 1.",
+    "denoising": "Rows of one digit, noisy and as both models denoise it; below, two error curves and their ratio.",
+}
 
 # %% ../nbs/49_demo.ipynb #5a6872d2
 def write_report(
@@ -246,7 +251,7 @@ def write_report(
         with atomic_write(out / f"{name}.png") as tmp: fig.savefig(tmp, bbox_inches="tight")
         plt.close(fig)
         picture = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        figures += f'<h2>{_HEADINGS[name]}</h2><figure><img alt="{_CAPTIONS[name]}" src="data:image/png;base64,{picture}"><figcaption>{_CAPTIONS[name]}</figcaption></figure>'
+        figures += f'<h2>{_HEADINGS[name]}</h2><figure><div class="wide {name}"><img alt="{_ALTS[name]}" src="data:image/png;base64,{picture}"></div><figcaption>{_CAPTIONS[name]}</figcaption></figure>'
     page = _PAGE.format(verdict=html.escape(verdict_sentence(r)), train=r["data"]["train"], held=r["data"]["held_out"], batch=r["training"]["batch_size"], steps=r["settings"]["steps"],
                         seeds=r["settings"]["noise_seeds"], accuracy=r["judge"]["held_out_accuracy"], table=_html_table(results_table(r)), figures=figures, seed=r["settings"]["seed"],
                         versions=", ".join(f"{k} {v}" for k, v in r["versions"].items()) + ".")

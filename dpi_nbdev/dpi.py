@@ -295,6 +295,10 @@ class DPI(nn.Module):
         theta0, theta1 = (dict(m.named_parameters()) for m in (self.net, self.theta1))
         return {n: theta0[n] for n in self.names}, theta1
 
+    def param_groups(self, lr: float = 1e-5, phi_lr: float = 1e-3, weight_decay: float = 0.05) -> list:
+        "`param_groups` of this model."
+        return param_groups(self, lr, phi_lr, weight_decay)
+
     def extra_repr(self):
         n = sum(p.numel() for p in self.theta1.parameters())
         return f'granularity="{self.granularity}", tensors interpolated: {len(self.names)}, parameters in them: 2 × {n:,}'
@@ -416,8 +420,3 @@ def param_groups(
     theta = [p for p in model.parameters() if id(p) not in ids]
     groups = [dict(name="theta", params=theta, lr=lr, weight_decay=weight_decay), dict(name="phi", params=phi, lr=phi_lr, weight_decay=0.)]
     return [g for g in groups if g["params"]]
-
-@patch
-def param_groups(self:DPI, lr: float = 1e-5, phi_lr: float = 1e-3, weight_decay: float = 0.05) -> list:
-    "`param_groups` of this model."
-    return param_groups(self, lr, phi_lr, weight_decay)

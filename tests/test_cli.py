@@ -122,7 +122,7 @@ def test_bad_input_gets_one_sentence(tmp_path, args, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["dpi_demo", "dpi_data", "dpi_train", "dpi_sample", "dpi_cost"])
+@pytest.mark.parametrize("name", ["dpi_demo", "dpi_data", "dpi_train", "dpi_sample", "dpi_evaluate", "dpi_tables", "dpi_cost"])
 def test_help_needs_no_torch(name):
     script = f"import sys; sys.argv = ['{name}', '--help']\nfrom dpi_nbdev.cli import {name}\ntry: {name}()\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -68,6 +68,13 @@ def test_version_is_the_one_of_settings():
     assert dpi_nbdev.__version__ == settings()["version"]
 
 
+def test_citation_and_changelog_name_the_version_of_settings():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == settings()["version"] and citation["repository-code"] == f"https://github.com/{settings()['user']}/{settings()['repo']}"
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest[1] == settings()["version"]
+
+
 @pytest.mark.parametrize("script", settings()["console_scripts"].split())
 def test_command_resolves(script):
     module, function = script.split("=")[1].split(":")

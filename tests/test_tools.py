@@ -208,3 +208,142 @@ def test_readme_from_a_notebook(tmp_path):
     assert readme.on_disk(tmp_path) == (text, pictures)
     (tmp_path / "index_files" / "old.png").touch()
     assert readme.on_disk(tmp_path) != (text, pictures)
+
+
+# -- docs-check: a fault is made in a copy, and found --------------------------------------------------------------------
+
+
+def notebook(*cells):
+    "A notebook of (source) Markdown and (source, outputs) code cells, as docs_check reads it."
+    return {"cells": [dict(cell_type="markdown", source=c) if isinstance(c, str) else dict(cell_type="code", source=c[0], outputs=c[1]) for c in cells]}
+
+
+def stream(text):
+    return dict(output_type="stream", name="stdout", text=text)
+
+
+FIGURE = dict(output_type="display_data", data={"image/png": "iVBOR", "text/plain": "<Figure>"})
+DRAWN = '#| fig-cap: "A line."\n#| fig-alt: "A rising line."\n#| classes: preview-image\nplt.plot(x);'
+FRONT = dict(title="t", description="d")
+
+
+def test_docs_check_takes_a_good_page():
+    import docs_check
+    good = notebook("# t\n\n> d", (DRAWN, [FIGURE]), ("print(1)", [stream("1\n")]), ("#| hide\nplt.plot(x)", []), ("def f(): plt.show()", []),
+                    ("#| classes: wrap\nprint(long)", [stream("word " * 60)]), ("fig, ax = plt.subplots(); plt.close(fig)", []))
+    assert docs_check.faults_of(good, FRONT) == []
+
+
+@pytest.mark.parametrize("cells, front, said", [
+    ([(DRAWN, [FIGURE])], dict(title="t"), "has no description"),
+    ([(DRAWN, [FIGURE])], dict(FRONT, titel="x"), "titel is no key"),
+    ([("f()", [])], FRONT, "has no stored outputs"),
+    ([("f()", [dict(output_type="error", ename="E", evalue="", traceback=[])])], FRONT, "stores an error"),
+    ([(DRAWN, [FIGURE]), ("#| fig-alt: a line\nplt.plot(x)", [FIGURE])], FRONT, "no fig-cap; in the cell that starts `plt.plot(x)`"),
+    ([(DRAWN.replace("fig-alt", "fig_alt"), [FIGURE])], FRONT, "no fig-alt"),
+    ([(DRAWN, [FIGURE]), ("fig, ax = plt.subplots()\nax.plot(x);", [])], FRONT, "draws, but no figure is stored"),
+    ([(DRAWN, [FIGURE]), ("print(1)", [])], FRONT, "prints, but nothing is stored"),
+    ([(DRAWN, [FIGURE]), ("print(1)", [stream("x" * 141)])], FRONT, "prints a line of 141 characters"),
+    ([(DRAWN.replace("preview-image", "large"), [FIGURE])], FRONT, "marks 0 of its figures as its card"),
+    ([(DRAWN, [FIGURE]), (DRAWN, [FIGURE])], FRONT, "marks 2 of its figures"),
+    (["word " * 1300, (DRAWN, [FIGURE])], FRONT, "show one sooner"),
+    ([(DRAWN, [FIGURE]), ("#| exprot\nf()", [])], FRONT, "unknown directive #| exprot"),
+    ([(DRAWN, [FIGURE]), ("#| echo: nope\nf()", [])], FRONT, "option echo cannot be 'nope'"),
+    ([(DRAWN, [FIGURE]), ("#| fig-cap: a: b\nf()", [])], FRONT, "are no YAML"),
+])
+def test_docs_check_finds_what_a_cell_lacks(cells, front, said):
+    import docs_check
+    found = docs_check.faults_of(notebook(*cells), front)
+    assert any(said in fault for fault in found), found
+
+
+def test_docs_check_names_headings_as_pandoc_does():
+    import docs_check
+    for heading, at in [("What an import costs", "what-an-import-costs"), ("Why λ, not φ?", "why-λ-not-φ"), ("3. One `DPI.freeze_at` (v0.1)", "one-dpi.freeze_at-v0.1"),
+                        ("Saved, loaded: $x_0$", "saved-loaded-x_0"), ("42", "section")]:
+        assert docs_check.slug(heading.replace("`", "").replace("$", "")) == at
+    page = docs_check.Page(["## Twice\n\n### Twice\n\n## With `code` and *stress*\n\n## Mine {#own}\n\n```\n# no heading\n```"])
+    assert page.anchors == {"twice", "twice-1", "with-code-and-stress", "own"}
+
+
+@pytest.mark.parametrize("markdown, said", [
+    ("[x](other.ipynb)", None), ("[x](other.ipynb#a-heading)", None), ("[x](#mine)", None), ("[x](https://arxiv.org/abs/1)", None), ("`[x](gone.ipynb)`", None),
+    ("[x](https://site.io/p/other.html#a-heading)", None), ("[x](https://github.com/u/p/blob/main/code.py#L2)", None), ("$E[x](t)$ costs \\$5", None),
+    ("![A photograph](photo.png)", None), ('<img src="photo.png" alt="A photograph">', None), ("Use `@patch` on it", None),
+    ("[x](gone.ipynb)", "gone.ipynb, which does not exist"), ("[x](other.ipynb#no-heading)", "has no such heading"), ("[x](#nowhere)", "has no such heading"),
+    ("[x](https://site.io/p/gone.html)", "does not exist"), ("[x](http//arxiv.org)", "does not exist"), ("[x](http://arxiv.org/abs/1)", "no https address"),
+    ("[x](https://github.com/u/p/blob/main/code.py#L3)", "which is shorter"), ("[x](https://github.com/u/p/blob/main/gone.py)", "of the repository"),
+    ("![A photograph](gone.png)", "shows gone.png"), ("![](photo.png)", "without an alt text"), ('<img src="photo.png">', "without an alt text"),
+    ("[text][nowhere]", "leads nowhere"), ("Use @patch on it", "read as a citation"), ("costs $5", "has no partner"), ("$\\frac{1}{2$", "does not close"),
+    ("$$\\begin{aligned} x \\end{align}$$", "does not close"),
+])
+def test_docs_check_follows_links(tmp_path, markdown, said):
+    import docs_check
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "photo.png").touch()
+    (tmp_path / "code.py").write_text("a = 1\nb = 2\n")
+    pages = {"a.ipynb": docs_check.Page(["## Mine\n\n" + markdown]), "other.ipynb": docs_check.Page(["## A heading"])}
+    links = docs_check.Links(pages, {"a.ipynb": "a.html", "other.ipynb": "other.html"}, tmp_path, "https://site.io/p", "https://github.com/u/p")
+    found = docs_check.prose_faults("a.ipynb", pages["a.ipynb"], links)
+    assert found == [] if said is None else len(found) == 1 and said in found[0], found
+
+
+@pytest.mark.parametrize("span, said", [
+    ("DPI", None), ("DPI.freeze_at", None), ("core.seeded", None), ("dpi_nbdev.core.seeded", None), ("dpi_nbdev.DPI", None), ("seeded(0)", None), ("x_t", None),
+    ("model.safetensors", None), ("DPI(net, lam)", None), ("core.py", None), ("a + b", None),
+    ("DPI.freez_at", "DPI has no freez_at"), ("core.sedeed", "core has no sedeed"), ("dpi_nbdev.cores", "dpi_nbdev has no cores"), ("FlowMatcher", "no code here has a name"),
+    ("draw_t", "no code here has a name"), ("sedeed()", "no code here has a name"),
+])
+def test_docs_check_knows_names(span, said):
+    import docs_check
+    import dpi_nbdev.core
+    import dpi_nbdev.dpi
+    names = docs_check.Names(dict(core=dpi_nbdev.core, dpi=dpi_nbdev.dpi), {"x_t", "seeded", "freeze_at"})
+    found = names.fault(span)
+    assert found is None if said is None else found and said in found, found
+    assert docs_check.code_spans(f"`{span}` and [`linked`](x.html)\n```\n`block`\n```") == [span]
+
+
+@pytest.mark.parametrize("name, old, new, said", [
+    ("_quarto.yml", "  favicon:", "  favicom:", "website.favicom is no key"),
+    ("_quarto.yml", "    toc: true", "    toc: 3", "format.html.toc should be a boolean"),
+    ("_quarto.yml", "    toc: true", "    toc: true\n    toc: false", "toc stands twice"),
+    ("_quarto.yml", "[edit, source, issue]", "[edit, report]", "repo-actions[1] should be one of"),
+    ("_quarto.yml", "    css: styles.css", "    css: style.css", "css is nbs/style.css, which does not exist"),
+    ("_quarto.yml", "sidebar.yml]", "sidebars.yml]", "reads nbs/sidebars.yml"),
+    ("_quarto.yml", "  type: website", "  type: websight", "project.type should be one of"),
+    ("_quarto.yml", "website:\n", "website: [\n", "_quarto.yml"),
+    ("nbs/sidebar.yml", "- section: The idea", "- sektion: The idea", "sektion is no key"),
+    ("nbs/sidebar.yml", "style: floating", "style: flying", "should be one of docked, floating"),
+])
+def test_docs_check_validates_the_yaml(tmp_path, name, old, new, said):
+    import docs_check
+    (tmp_path / "nbs" / "results").mkdir(parents=True)
+    for file in ("_quarto.yml", "nbs/sidebar.yml", "nbs/styles.css", "nbs/favicon.svg", "nbs/results/samples.png"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    generated = "project:\n  output-dir: _docs\n\nwebsite:\n  title: \"t\"\n  repo-branch: main\n"
+    assert docs_check.yaml_faults(tmp_path, generated) == []
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+    found = docs_check.yaml_faults(tmp_path, generated)
+    assert any(said in fault for fault in found), found
+
+
+def test_docs_check_says_which_cell_stops_a_page(tmp_path):
+    import docs_check
+    import nbformat
+    path = tmp_path / "bad.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Bad\n\n> A page."),
+                                                   nbformat.v4.new_code_cell("import math\nnowhere + 1")]), path)
+    stop = docs_check.process(path, tmp_path / "out" / "bad.ipynb")
+    assert stop and "nowhere" in stop and "import math" in stop
+
+
+def test_the_site_has_its_parts():
+    import yaml
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    html, website = site["format"]["html"], site["website"]
+    assert set(html["theme"]) == {"light", "dark"} and html["code-fold"] and website["search"] and site["citation"]["url"]
+    assert {"edit", "issue"} <= set(website["repo-actions"]) and website["repo-subdir"] == "nbs" and website["open-graph"] and website["twitter-card"]
+    assert (ROOT / "nbs" / "404.qmd").is_file() and (ROOT / "nbs" / "index.ipynb").is_file()

@@ -13,6 +13,7 @@ workers = min(cores, 8)  # each holds a PyTorch
 STEPS = [
     ("dpi_nbdev/ is what the notebooks export, and these are clean", [sys.executable, "tools/check_sync.py"]),
     ("README.md is what nbs/index.ipynb renders to", [sys.executable, "tools/readme.py", "--check"]),
+    ("the site's pages, links, figures and YAML are in order", [sys.executable, "tools/docs_check.py"]),
     (f"every notebook runs ({workers} at a time)", [BIN / "nbdev_test", "--n_workers", str(workers), "--timing"]),
     ("tests/", [sys.executable, "-m", "pytest", "-q", "tests"]),  # last: its closing line counts the tests
 ]
