@@ -335,6 +335,7 @@ def test_docs_check_says_which_cell_stops_a_page(tmp_path):
     import nbformat
     path = tmp_path / "bad.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Bad\n\n> A page."),
+                                                   nbformat.v4.new_code_cell("#| export\ndef fine(): pass"),   # pages without symbols run nothing
                                                    nbformat.v4.new_code_cell("import math\nnowhere + 1")]), path)
     stop = docs_check.process(path, tmp_path / "out" / "bad.ipynb")
     assert stop and "nowhere" in stop and "import math" in stop
