@@ -15,7 +15,7 @@ STEPS = [
     ("README.md is what nbs/index.ipynb renders to", [sys.executable, "tools/readme.py", "--check"]),
     ("the site's pages, links, figures and YAML are in order", [sys.executable, "tools/docs_check.py"]),
     (f"every notebook runs ({workers} at a time)", [BIN / "nbdev_test", "--n_workers", str(workers), "--timing"]),
-    ("tests/", [sys.executable, "-m", "pytest", "-q", "tests"]),  # last: its closing line counts the tests
+    (f"tests/ ({workers} files at a time)", [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", "tests"]),  # last: its closing line counts the tests
 ]
 
 
