@@ -7,7 +7,7 @@ __all__ = ['plainly', 'command', 'dpi_demo', 'steps_for', 'dpi_data', 'dpi_train
            'dpi_cost']
 
 # %% ../nbs/53_cli.ipynb #ed25ab2f
-import functools, os, re, signal, sys, time
+import functools, os, re, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,7 +175,7 @@ def dpi_sample(
 ):
     "Samples a trained run: any number of images, on any number of ranks, resumable."
     import numpy as np
-    from dpi_nbdev.experiments import from_yaml, load_run
+    from dpi_nbdev.experiments import load_run
     from dpi_nbdev.generate import collect_samples, generate_samples, save_grid, save_pngs
     e, model, results, identity = load_run(run)
     e = replace(e, sampler=sampler or e.sampler, sampler_steps=e.sampler_steps if steps is None else steps, n_samples=e.n_samples if n is None else n)

@@ -7,9 +7,8 @@ __all__ = ['study_rows', 'step_times', 'reference_row', 'study_jobs', 'run_job',
            'mean_and_error']
 
 # %% ../nbs/52_tables.ipynb #81f7800b
-import json, multiprocessing, statistics, sys, time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+import json, multiprocessing, statistics
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -120,8 +119,10 @@ def run_study(
     progress: bool = True,  # show a progress bar
 ) -> Path:                  # the folder
     "Runs what is missing of a study. Raises `ValueError` when no row fits, or the folder holds a study with other settings."
-    rows = {k: e for k, e in study_rows(data, steps).items() if fnmatchcase(k, only) or k in {reference_row(n) for n in study_rows(data) if fnmatchcase(n, only)}}
-    if not rows: raise ValueError(f"no row of {data!r} fits {only!r}; there are {', '.join(study_rows(data))}")
+    every = study_rows(data, steps)
+    wanted = {k for k in every if fnmatchcase(k, only)}
+    if not wanted: raise ValueError(f"no row of {data!r} fits {only!r}; there are {', '.join(every)}")
+    rows = {k: e for k, e in every.items() if k in wanted | {reference_row(n) for n in wanted}}
     out = output_folder(out)
     facts = _study_facts(out, dict(data=data, steps=steps, n_samples=n_samples), rows)
     todo = [(job, e, out, n_samples) for job, e in study_jobs(rows, facts["times"], seeds).items() if not _job_file(out, job).exists()]
@@ -176,11 +177,11 @@ def collect_study(
     for p in found:
         row, budget, seed = p.stem.split("--")
         numbers = json.loads(p.read_text(encoding="utf-8"))
-        if p.with_suffix(".npz").exists(): numbers["samples"] = _judged(features(np.asarray(np.load(p.with_suffix(".npz"))["arr_0"])), real)
+        if p.with_suffix(".npz").exists(): numbers["samples"] = _judged(features(np.load(p.with_suffix(".npz"))["arr_0"]), real)
         runs.append(dict(row=row, budget=budget, seed=int(seed)) | numbers)
-    facts |= dict(extractor=getattr(extractor, "name", type(extractor).__name__), floor=_judged(features(to_bytes(split.held_out)), real), runs=runs)
+    facts |= dict(extractor=extractor.name, floor=_judged(features(to_bytes(split.held_out)), real), runs=runs)
     path = Path(path or out / "tables.json")
-    with atomic_write(path) as tmp: tmp.write_text(json.dumps(_rounded(facts), indent=None, separators=(",", ":")), encoding="utf-8")
+    with atomic_write(path) as tmp: tmp.write_text(json.dumps(_rounded(facts), separators=(",", ":")), encoding="utf-8")
     return path
 
 def _judged(fake, real):
