@@ -1,4 +1,5 @@
 "Packaging: all facts are read from settings.ini, nothing is said twice."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,12 +13,15 @@ pythons = range(int(cfg["min_python"].split(".")[1]), 14)  # those tested
 # dev_requirements becomes the extra "dev", and so on
 extras = {key.removesuffix("_requirements"): value.split() for key, value in cfg.items()
           if key.endswith("_requirements")}
+# On a package index the README stands alone: its links and pictures lead to the repository.
+at = lambda m: f"{m[0]}{cfg['git_url']}/{'raw' if m[0].startswith('!') else 'blob'}/{cfg['branch']}/"
+readme = re.sub(r"!?\[[^\]]*\]\((?![a-z]+:|#)", at, (here / "README.md").read_text(encoding="utf-8"))
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"],
     author=cfg["author"],

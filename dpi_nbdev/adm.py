@@ -7,6 +7,8 @@ __all__ = ['GroupNorm32', 'ZeroConv1d', 'ZeroConv2d', 'ResidualBlock', 'Attentio
            'Upsample', 'ADM', 'adm_stages', 'draw_adm']
 
 # %% ../nbs/12_adm.ipynb #40844931
+from typing import ClassVar
+from collections.abc import Callable
 import math
 from collections import Counter
 
@@ -147,6 +149,8 @@ class Upsample(nn.Module):
 # %% ../nbs/12_adm.ipynb #cd302f14
 class ADM(nn.Module):
     "The U-Net of guided diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233); the defaults are the paper's Table 1 without timestep embedding."
+    from_public: ClassVar[Callable[..., nn.Module]]   # below; declared for type checkers
+
     def __init__(self,
         in_channels: int = 3,                # of the image, plus one for an appended map
         out_channels: int = 3,               # of what is predicted; twice the image's for a learned sigma

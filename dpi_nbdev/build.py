@@ -6,6 +6,7 @@
 __all__ = ['build_model', 'save_model', 'load_model']
 
 # %% ../nbs/13_build.ipynb #8253b1d8
+from typing import Any
 import hashlib, importlib, inspect, json
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -41,12 +42,12 @@ def _meaning(process, T) -> SimpleNamespace:
 def build_model(
     backbone: str,               # "drunet" or "adm"
     conditioning: str,           # "dpi", "t_map", "sigma_map", "ncsnv2", "mlp" (ADM only) or "none"
-    process="vp",                # "vp": T steps, linear β from 1e-4 to 0.02; "flow": times in [0, 1]; or the process object itself
+    process: Any = "vp",         # "vp": T steps, linear β from 1e-4 to 0.02; "flow": times in [0, 1]; or the process object itself
     lam: str = "learned",        # DPI's λ: "learned" or "linear"
     T: int = 1000,               # steps of "vp"; for a flow the number of λ's knots
     init: str = "copy",          # DPI's second set: a "copy" of the first, or drawn "fresh"
     seed: int | None = None,     # of the initial weights; None: PyTorch's global generator
-    ones_channel: bool = False,  # a channel of ones for the bias-free DRUNet, see `OnesChannel`
+    ones_channel: bool = False,  # a channel of ones for the bias-free DRUNet, see OnesChannel
     **settings,                  # the backbone's; in_channels and out_channels count the image's channels
 ) -> nn.Module:                  # model(x, s), in training mode as every new module
     "A backbone with a conditioning. Raises `ValueError` for unknown names, and for combinations that make no sense, with the reason."
@@ -189,7 +190,7 @@ def _fill(model, state, complaint):
 
 # %% ../nbs/13_build.ipynb #3c4c5d96
 def load_model(
-    folder,        # from `save_model`
+    folder,        # from save_model
 ) -> nn.Module:    # the model, on the CPU, in eval mode
     "The saved model, to the bit. Raises `FileNotFoundError`, or `ValueError` for files that are damaged, edited, of different saves, or of an unknown version."
     config = _read_config(Path(folder))

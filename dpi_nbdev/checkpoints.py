@@ -6,6 +6,8 @@
 __all__ = ['pack', 'unpack', 'read_state', 'Checkpoints', 'state_faults', 'save_weights', 'load_weights']
 
 # %% ../nbs/28_checkpoints.ipynb #7e698117
+from typing import Any
+from collections.abc import Callable
 import hashlib, json, os, re, warnings
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def pack(
 
 # %% ../nbs/28_checkpoints.ipynb #52457ea5
 def unpack(
-    data: bytes,  # from `pack`
+    data: bytes,  # from pack
 ):                # the state
     "The state in a packed file. Raises `ValueError` when it is no such file."
     from safetensors import SafetensorError
@@ -67,7 +69,7 @@ _NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{16})\.safetensors")
 def _digest(data): return hashlib.sha256(data).hexdigest()[:16]
 
 def read_state(
-    path,  # a file that `Checkpoints` wrote
+    path,  # a file that Checkpoints wrote
 ):         # the state
     "The state in a checkpoint file. Raises `ValueError` for a damaged or foreign file."
     path, form = Path(path), _NAME.fullmatch(Path(path).name)
@@ -79,6 +81,7 @@ def read_state(
 # %% ../nbs/28_checkpoints.ipynb #e2e2dfb9
 class Checkpoints:
     "The last states of a run, in a folder: there is a whole one at every instant, once there was one."
+    newest: Callable[..., Any]   # below; declared for type checkers
     def __init__(
         self,
         folder,         # where the files are; made if missing
@@ -97,7 +100,7 @@ class Checkpoints:
     def write(
         self,
         step: int,  # the step the state was reached at
-        state,      # see `pack`
+        state,      # see pack
     ) -> Path:      # the file
         "Writes a state, then deletes what is no longer kept. Raises `OSError` when it cannot, with the older files untouched."
         for leftover in self.folder.glob(".step-*"): leftover.unlink()   # of a process that was killed while writing
@@ -157,7 +160,7 @@ def save_weights(
 
 def load_weights(
     model: nn.Module,  # a model built like the saved one; untouched if anything does not fit
-    path,              # a file from `save_weights`
+    path,              # a file from save_weights
 ) -> nn.Module:        # the model
     "Loads saved weights. Raises `FileNotFoundError`, or `ValueError` for a damaged file or one of another model."
     from safetensors import SafetensorError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-# %% ../nbs/53_cli.ipynb #651fd1d7
+# %% ../nbs/53_cli.ipynb #3d314d4f
 def plainly(f):
     "Wraps a command: errors a user can cause become one sentence on stderr and exit status 1; Ctrl-C exits with 130."
     @functools.wraps(f)
@@ -21,7 +21,8 @@ def plainly(f):
         try: return f(*args, **kwargs)
         except KeyboardInterrupt as e: message, status = str(e) or "interrupted; no file is left half-written", 130
         except (OSError, ValueError, FloatingPointError) as e:
-            message, status = getattr(e, "strerror", None) or str(e), 1
+            what, where = getattr(e, "strerror", None) or str(e), getattr(e, "filename", None)
+            message, status = f"{str(where)!r}: {what}" if where else what, 1
         sys.stdout.flush()
         print(f"\n{f.__name__}: {message}", file=sys.stderr)
         sys.exit(status)
@@ -94,7 +95,7 @@ def dpi_data(
     skipped = f"; {len(done['skipped'])} skipped, listed in {Path(out).with_suffix('.json')}" if done["skipped"] else ""
     print(f"{done['images']:,} images of {size}×{size} in {out}{skipped}")
 
-# %% ../nbs/53_cli.ipynb #7cc96a28
+# %% ../nbs/53_cli.ipynb #d03d058a
 @command
 def dpi_train(
     experiment: str,             # a name such as drunet-dpi-vp, its small twin drunet-dpi-vp-small, or a YAML file
@@ -140,16 +141,18 @@ def dpi_train(
         print(f"\ndpi_train: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{e.training.steps:,} steps in {run.seconds:.0f} s, held-out loss {run.held_out[-1][1]:.5f}. Sample it with: dpi_sample {out or f'runs/{name}'}")
+        held_out = f"held-out loss {run.held_out[-1][1]:.5f}" if run.held_out else "no held-out images"
+        print(f"{e.training.steps:,} steps in {run.seconds:.0f} s, {held_out}. Sample it with: dpi_sample {out or f'runs/{name}'}")
 
-# %% ../nbs/53_cli.ipynb #2aac226f
+# %% ../nbs/53_cli.ipynb #14a06b40
 def _experiment(which):
     "The experiment with that name or in that YAML file, and a name for it."
     from dpi_nbdev.experiments import find_experiment, from_yaml
     path = Path(which)
     if path.suffix not in (".yaml", ".yml"): return find_experiment(which), which
     if not path.is_file(): raise FileNotFoundError(f"there is no file {which!r}")
-    return from_yaml(path.read_text(encoding="utf-8")), path.stem
+    try: return from_yaml(path.read_text(encoding="utf-8")), path.stem
+    except ValueError as e: raise ValueError(f"{which!r}: {e}") from e
 
 def _device(name=None):
     "The device of that name; without a name the best for this process. Raises `ValueError` when it is not there."
@@ -159,7 +162,7 @@ def _device(name=None):
     except (RuntimeError, AssertionError) as e: raise ValueError(f"there is no device {name!r} here: {str(e).splitlines()[0]}") from e
     return name
 
-# %% ../nbs/53_cli.ipynb #f0da169f
+# %% ../nbs/53_cli.ipynb #4ffb8d22
 @command
 def dpi_sample(
     run: str,                # the folder of a run of dpi_train
@@ -175,12 +178,15 @@ def dpi_sample(
 ):
     "Samples a trained run: any number of images, on any number of ranks, resumable."
     import numpy as np
+    from dpi_nbdev.core import output_folder
     from dpi_nbdev.experiments import load_run
     from dpi_nbdev.generate import collect_samples, generate_samples, save_grid, save_pngs
     e, model, results, identity = load_run(run)
     e = replace(e, sampler=sampler or e.sampler, sampler_steps=e.sampler_steps if steps is None else steps, n_samples=e.n_samples if n is None else n)
     device, out, rank, world = _device(device), Path(out or Path(run, "samples.npz")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if out.exists(): raise FileExistsError(f"{str(out)!r} exists already: give another file, or remove it")
+    for folder in (png, grid and Path(grid).parent): folder and output_folder(folder)     # said now rather than after the work
+    if grid and Path(grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise ValueError(f"grid must be a file that ends in .png, .jpg or .webp, got {grid!r}")
     model, about = model.to(device), dict(sampler=e.sampler, steps=e.sampler_steps, model=identity)
     draw = lambda x, streams: e.sample(model, x, streams, progress=False)
     parts = generate_samples(draw, e.n_samples, tuple(results["shape"]), out, seed, batch_size, about, rank, world, device, progress=rank == 0)

@@ -25,7 +25,7 @@ class Plan:
     def __init__(self,
         source: ImageSource,
         out: Path,              # the .npy file in the end
-        size: int | None,       # as in `decode_image`
+        size: int | None,       # as in decode_image
         shape: tuple,           # (H, W, C) of an image
     ):
         self.source, self.size, self.shape = source, size, tuple(shape)
@@ -63,18 +63,19 @@ def make_chunk(
         except OSError as e: raise OSError(e.errno, f"{str(plan.partial)!r} cannot be written ({e.strerror}); what is done is kept: make room and run it again") from e
     return broken
 
-# %% ../nbs/33_convert.ipynb #e2703fd6
+# %% ../nbs/33_convert.ipynb #951deb65
 def open_journal(
     plan: Plan,
 ) -> dict:       # chunk -> {name: reason}, for the chunks that are done
-    "What an earlier run has finished; prepares the partial file if there is none that fits."
+    "What an earlier run has finished; prepares the partial file if there is none that fits. Raises `OSError` when the disk has no room."
     from dpi_nbdev.core import atomic_write
     want, done = (len(plan.source), *plan.shape), {}
     try: fits = np.load(plan.partial, mmap_mode="r").shape == want
     except (OSError, ValueError, EOFError): fits = False
     if not fits:
         plan.journal.unlink(missing_ok=True)
-        np.lib.format.open_memmap(plan.partial, "w+", np.uint8, want)
+        try: np.lib.format.open_memmap(plan.partial, "w+", np.uint8, want)
+        except OSError as e: raise OSError(e.errno, f"{str(plan.partial)!r} of {np.prod(want):,} bytes cannot be made ({e.strerror})") from e
     text = plan.journal.read_text() if plan.journal.exists() else ""
     for line in text.splitlines():
         try: k, key, broken = json.loads(line)
@@ -84,7 +85,7 @@ def open_journal(
         tmp.write_text("".join(json.dumps([k, plan.key(k), b]) + "\n" for k, b in done.items()))
     return done
 
-# %% ../nbs/33_convert.ipynb #fdae6ed0
+# %% ../nbs/33_convert.ipynb #18f525b2
 def _start_worker(
     plan: Plan,
 ):
@@ -100,7 +101,7 @@ def finished_chunks(
     todo: list[int],     # chunks to make
     workers: int,        # processes; 1 means this one
 ):                       # yields (chunk, {name: reason}) as they are done
-    "Makes chunks in parallel. Raises `RuntimeError` when a worker dies."
+    "Makes chunks in parallel. Raises `ChildProcessError` when a worker dies."
     if workers == 1:
         for k in todo: yield k, make_chunk(plan, k)
         return
@@ -108,10 +109,10 @@ def finished_chunks(
     try:
         for f in as_completed([pool.submit(_chunk_here, k) for k in todo]): yield f.result()
     except BrokenProcessPool as e:
-        raise RuntimeError("a worker process died (killed, or out of memory?); a script must call this under `if __name__ == '__main__':`. What is done is kept: run it again") from e
+        raise ChildProcessError("a worker process died (killed, or out of memory?); a script must call this under `if __name__ == '__main__':`. What is done is kept: run it again") from e
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/33_convert.ipynb #a8be56cb
+# %% ../nbs/33_convert.ipynb #a90a8e96
 def convert_images(
     source,                       # a folder (searched to any depth) or a .zip of PNG, JPEG or WebP files
     out,                          # the .npy file to make; a .json of the same name says what is in it
@@ -122,7 +123,7 @@ def convert_images(
     progress: bool = True,        # show a bar
 ) -> dict:                        # the record: source, size, channels, images, skipped (name and reason of each), labels
     "Images to one uint8 array (N, size, size, C) on disk. Raises `ValueError`, `FileExistsError`, `OSError`; running it again goes on where it stopped."
-    plan = _planned(source, out, size, channels, skip_broken, progress)
+    plan = _planned(source, out, size, channels, workers, skip_broken, progress)
     if plan.out.exists(): return _same_as_before(plan)
     done = open_journal(plan)
     todo = [k for k in range(plan.n_chunks) if k not in done]
@@ -136,18 +137,19 @@ def convert_images(
     if broken and not skip_broken: raise ImageError(broken_message(plan.source, broken))
     return finish(plan, broken)
 
-# %% ../nbs/33_convert.ipynb #0034dedd
-def _planned(source, out, size, channels, skip_broken, progress):
+# %% ../nbs/33_convert.ipynb #6c141a23
+def _planned(source, out, size, channels, workers, skip_broken, progress):
     "Checks the arguments, looks through the headers, and says what is to be done."
+    from dpi_nbdev.core import output_folder
     out, source = Path(out), ImageSource(source)
     if out.suffix.lower() != ".npy": raise ValueError(f"out must be a file that ends in .npy, got {str(out)!r}")
     if channels not in (None, 1, 3): raise ValueError(f"channels must be 1 (grey), 3 (RGB) or None (as in the files), got {channels!r}")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1): raise ValueError(f"size must be a whole number of pixels or None, got {size!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1): raise ValueError(f"workers must be a whole number of processes, at least 1, or None for one a core; got {workers!r}")
     shapes, broken = look_through(source, size, channels, False, progress)
     if broken and (not skip_broken or not shapes): raise ImageError(broken_message(source, broken))
-    plan = Plan(source, out, size, one_shape(shapes))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return plan
+    output_folder(out.parent)
+    return Plan(source, out, size, one_shape(shapes))
 
 def _cores():
     "Cores this process may use."

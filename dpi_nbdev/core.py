@@ -37,7 +37,7 @@ def expand_scalar(
     s: Tensor,  # () or (B,)
     x: Tensor,  # (B, ...)
 ) -> Tensor:    # () or (B, 1, ..., 1) in the dtype of x
-    "`s` shaped so that `s * x` scales each *sample* of `x` by its own scalar."
+    "`s` shaped so that `s * x` scales each sample of `x` by its own scalar."
     s = as_scalar(s, x).to(x.dtype)
     return s if s.ndim == 0 else s.view(-1, *[1] * (x.ndim - 1))
 

@@ -80,7 +80,7 @@ _THOP = {  # layer type -> multiply-adds of (layer, input, output), as thop 0.1.
     nn.Upsample: lambda m, x, y: _UPSAMPLE.get(m.mode, 0) * y.numel(),
 }
 
-# %% ../nbs/32_cost.ipynb #f275c665
+# %% ../nbs/32_cost.ipynb #157e0797
 def paper_rows(
     backbone: str = "drunet",  # "drunet" or "adm", at the paper's settings unless `settings` say otherwise
     batch: int = 1,            # images
@@ -88,9 +88,10 @@ def paper_rows(
     device: str = "meta",      # "meta": shapes only; "cpu", "cuda": to be run
     **settings,                # of the backbone, such as widths=(24, 64, 128), n_blocks=2
 ) -> dict:                     # name -> (model, x, s), the first being the yardstick
-    "The network under each conditioning of Table 4, and DPI with a scalar per sample and frozen. Raises `ValueError` for another name."
+    "The network under each conditioning of Table 4, and DPI with a scalar per sample and frozen. Raises `ValueError` for another name or no images."
     if backbone not in ("drunet", "adm"): raise ValueError(f'backbone must be "drunet" or "adm", got {backbone!r}')
     net, channels = (DRUNet if backbone == "drunet" else ADM), settings.pop("in_channels", 3)
+    if batch < 1 or size < 1: raise ValueError(f"batch and size must be at least 1, got {batch} and {size}")
     if backbone == "adm": settings.setdefault("image_size", size)
     each = torch.arange(batch) * 999 // max(batch - 1, 1)              # as many scalars as samples
     with torch.device(device):
@@ -180,8 +181,8 @@ def time_rounds(
 
 def relative_times(
     calls: dict,      # name -> function without arguments; the first is the yardstick
-    rounds: int = 15, # as in `time_rounds`
-    warmup: int = 2,  # as in `time_rounds`
+    rounds: int = 15, # as in time_rounds
+    warmup: int = 2,  # as in time_rounds
 ) -> dict:            # name -> (median seconds, median over rounds of the ratio to the first)
     "Seconds and ratios of several calls, timed in turn."
     table = {k: seconds for k, (seconds,) in time_rounds({k: (f,) for k, f in calls.items()}, rounds, warmup).items()}
@@ -193,8 +194,8 @@ def relative_times(
 class Cost:
     "What a network costs for one batch."
     parameters: int          # numbers that are stored and trained
-    flops: int               # of a forward pass, by `torch_flops`
-    flops_paper: int | None  # of a forward pass, by `paper_flops`
+    flops: int               # of a forward pass, by torch_flops
+    flops_paper: int | None  # of a forward pass, by paper_flops
     peak: int                # bytes, the most that is alive during a training step
     forward: list = field(default_factory=list)           # seconds of a forward pass without gradients, one for each round
     forward_backward: list = field(default_factory=list)  # seconds of forward and backward
@@ -212,12 +213,12 @@ class Cost:
 
 # %% ../nbs/32_cost.ipynb #4518ba22
 def cost_table(
-    rows: dict,       # name -> (model, x, s), see `model_cost`; the first is the yardstick
+    rows: dict,       # name -> (model, x, s), see model_cost; the first is the yardstick
     rounds: int = 3,  # of timing; 0: counts only
     warmup: int = 1,  # rounds before that, not counted
     autocast: torch.dtype | None = None,  # such as torch.bfloat16: time the forward pass under autocast
     compile: dict | None = None,          # options for `torch.compile`, {} for its defaults: time the compiled network
-) -> dict:            # name -> `Cost`
+) -> dict:            # name -> Cost
     "The cost of several networks, timed in turn. Raises `TypeError` or `ValueError` for a row that is none."
     table, forward, training = {}, {}, {}
     for name, row in rows.items():
@@ -284,7 +285,7 @@ def _held(*things) -> int:
 
 # %% ../nbs/32_cost.ipynb #6f6f0ba8
 def cost_text(
-    table: dict,  # name -> `Cost`, from `cost_table`
+    table: dict,  # name -> Cost, from cost_table
 ) -> str:         # lines, one for each network; in brackets the multiple of the first
     "The table in words and numbers; seconds are medians over rounds."
     first, width = next(iter(table.values())), max(map(len, table))
@@ -299,7 +300,7 @@ def cost_text(
     return "\n".join(lines + [f"{name:{width}}" + "".join(" " + cell(c, *spec) for spec in columns.values()) for name, c in table.items()])
 
 def plot_cost(
-    table: dict,  # name -> `Cost`, from `cost_table`; the first is the yardstick
+    table: dict,  # name -> Cost, from cost_table; the first is the yardstick
     ax=None,      # matplotlib axes; made if missing
 ):                # the axes
     "Every cost as a multiple of the first row's, as bars."
@@ -329,9 +330,9 @@ def benchmark(
     size: int = 64,       # side of an image, pixels
     rounds: int = 3,      # of timing
     backbones: tuple = ("drunet", "adm"),
-    names: tuple = (),    # rows of `paper_rows` to measure; (): all
-    **settings,           # of the backbones, see `paper_rows`
-) -> dict:                # what was written: facts about the run, and under "tables" name -> row -> `Cost` as a dictionary
+    names: tuple = (),    # rows of paper_rows to measure; (): all
+    **settings,           # of the backbones, see paper_rows
+) -> dict:                # what was written: facts about the run, and under "tables" name -> row -> Cost as a dictionary
     "Measures the rows of `paper_rows`, in every mode on a GPU, and writes them to `path`, a whole table at a time."
     gpu = torch.device(device).type == "cuda"
     command = f"benchmark({Path(path).name!r}, {device!r}, batch={batch}, size={size}, rounds={rounds}, backbones={tuple(backbones)}, names={tuple(names)})"
@@ -356,8 +357,8 @@ def machine_name(
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 def load_costs(
-    path,      # a file that `benchmark` wrote
-) -> tuple:    # facts about the run; table name -> row name -> `Cost`
+    path,      # a file that benchmark wrote
+) -> tuple:    # facts about the run; table name -> row name -> Cost
     "What `benchmark` wrote. Raises `FileNotFoundError` if it is not there."
     if not Path(path).exists(): raise FileNotFoundError(f"there is no {str(path)!r}; benchmark(path) makes it")
     facts = json.loads(Path(path).read_text())

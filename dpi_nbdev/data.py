@@ -7,6 +7,7 @@ __all__ = ['HELD_OUT_ROWS', 'ImageSplit', 'split_rows', 'digits', 'photos', 'pat
            'open_array', 'load_images', 'Batches']
 
 # %% ../nbs/30_data.ipynb #e973d374
+from collections.abc import Callable
 import json, operator, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from .files import ImageFiles, read_labels
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSplit:
     "Images in [-1, 1] in two disjoint parts, one to train on and one that is held out; labels where there are any."
-    train: Tensor                           # (N, C, H, W) float32, pixels in [-1, 1]; or an `ImageArray` of these
-    held_out: Tensor                        # (M, C, H, W) float32, pixels in [-1, 1]; M may be 0; or an `ImageArray`
+    train: Tensor                           # (N, C, H, W) float32, pixels in [-1, 1]; or an ImageArray of these
+    held_out: Tensor                        # (M, C, H, W) float32, pixels in [-1, 1]; M may be 0; or an ImageArray
     train_labels: Tensor | None = None      # (N,) int64
     held_out_labels: Tensor | None = None   # (M,) int64
 
@@ -31,7 +32,7 @@ class ImageSplit:
         labels = "no labels" if self.train_labels is None else "with labels"
         return f"ImageSplit(train={tuple(self.train.shape)}, held_out={tuple(self.held_out.shape)}, {labels})"
 
-# %% ../nbs/30_data.ipynb #ddb93c32
+# %% ../nbs/30_data.ipynb #0b484fd2
 def split_rows(
     n: int,                   # images there are
     n_train: int | None,      # images to train on; None: all that are not held out
@@ -41,10 +42,10 @@ def split_rows(
     "Two disjoint random sets of image numbers. Raises `ValueError` for an impossible split."
     n_held_out = min(n // 10, 500) if n_held_out is None else _whole(n_held_out, "n_held_out")
     if not 0 <= n_held_out < n:
-        raise ValueError(f"n_held_out must be from 0 to {n - 1} (there are {n:,} images and one must be left to train on), got {n_held_out}")
+        raise ValueError(f"n_held_out must be from 0 to {n - 1} (of {n:,} image{'s' * (n != 1)} one must be left to train on), got {n_held_out}")
     n_train = n - n_held_out if n_train is None else _whole(n_train, "n_train")
     if not 1 <= n_train <= n - n_held_out:
-        raise ValueError(f"n_train must be from 1 to {n - n_held_out} (there are {n:,} images and {n_held_out} are held out), got {n_train}")
+        raise ValueError(f"n_train must be from 1 to {n - n_held_out} (of {n:,} image{'s' * (n != 1)} {n_held_out} held out), got {n_train}")
     order = torch.randperm(n, generator=seeded(_whole(seed, "seed")))
     return order[n_held_out:n_held_out + n_train], order[:n_held_out]
 
@@ -120,7 +121,7 @@ def _generator(
 class ImageArray:
     "Images kept as bytes, on disk if need be; `images[i]` reads some as float32 in [-1, 1]."
     def __init__(self,
-        pixels,                      # (N, H, W, C) uint8: a numpy array, memory-mapped or not, or `ImageFiles`
+        pixels,                      # (N, H, W, C) uint8: a numpy array, memory-mapped or not, or ImageFiles
         rows: Tensor | None = None,  # (M,) int64, which images, in which order; None: all
     ):
         self.pixels, self.rows = pixels, torch.arange(len(pixels)) if rows is None else rows
@@ -151,10 +152,10 @@ def as_nhwc(
     if len(fits) > 1: raise ValueError(f"{name} of shape {pixels.shape} may be (N, H, W, C) or (N, C, H, W): say which, layout='NHWC' or layout='NCHW'")
     return pixels if fits == ["NHWC"] else pixels.transpose(0, 2, 3, 1)
 
-# %% ../nbs/30_data.ipynb #cc54d250
+# %% ../nbs/30_data.ipynb #054df2a3
 def open_array(
     path,                        # a .npy or a .npz file
-    layout: str | None = None,   # as in `as_nhwc`
+    layout: str | None = None,   # as in as_nhwc
 ) -> tuple:                      # pixels (N, H, W, C) uint8, memory-mapped; labels (N,) or None
     "An array of images on disk. Raises `ValueError`, with advice, when it cannot be mapped or is not one of images."
     path = Path(path)
@@ -169,6 +170,8 @@ def open_array(
 
 def _open_npy(path):
     "The mapped array in a .npy file and the labels beside it."
+    with open(path, "rb") as f:
+        if f.read(6) != b"\x93NUMPY": raise ValueError(f"{str(path)!r} is not a .npy file")   # numpy would advise to unpickle it
     try: pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as e: raise ValueError(f"{str(path)!r} is not a whole .npy file of plain numbers: {e}") from e
     try: labels = json.loads(path.with_suffix(".json").read_text()).get("labels")
@@ -197,7 +200,7 @@ def _open_npz(path):
     pixels = np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
     return pixels, np.load(path)[labels[0]] if len(labels) == 1 else None
 
-# %% ../nbs/30_data.ipynb #0261b112
+# %% ../nbs/30_data.ipynb #26665a5e
 def load_images(
     source,                          # "digits", "photos", a folder, a .zip of images, a .npy or a .npz
     size: int | None = None,         # rows and columns; files are cropped and averaged down to it, for "photos" 64 if None
@@ -212,6 +215,7 @@ def load_images(
     "Images in two parts. Raises `FileNotFoundError` or `ValueError`, naming the file, for what cannot be used."
     counts = {k: v for k, v in dict(n_train=n_train, n_held_out=n_held_out).items() if v is not None}
     is_array = str(source).lower().endswith((".npy", ".npz"))
+    if size is not None and _whole(size, "size") < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
     if layout is not None and not is_array: raise ValueError(f"layout is for arrays; {str(source)!r} is none")
     if source == "digits": split = digits(seed=seed, **counts)
     elif source == "photos": split = photos(64 if size is None else size, seed=seed, **counts)
@@ -237,8 +241,10 @@ def _open_files(source, size, channels, skip_broken, progress):
 # %% ../nbs/30_data.ipynb #c5dfcbe2
 class Batches:
     "Random batches, each a function of its number. Raises `ValueError` or `TypeError` for what cannot be cut into batches."
+    batch: Callable[..., Tensor]   # below; declared for type checkers
+
     def __init__(self,
-        data,              # (N, ...): a tensor, an `ImageArray`, or anything with a shape, a length, and `data[LongTensor]` that copies
+        data,              # (N, ...): a tensor, an ImageArray, or anything with a shape, a length, and `data[LongTensor]` that copies
         batch_size: int,   # images a batch, over all ranks; at least 1, may exceed N
         seed: int = 0,     # decides order and flips
         flip: bool = False,  # mirror each image left to right with probability 1/2

@@ -6,6 +6,7 @@
 __all__ = ['Process', 'VPDiffusion', 'gaussian_eps', 'DiffusionLoss', 'draw_scalars', 'checked_answer']
 
 # %% ../nbs/20_diffusion.ipynb #c4a47de9
+from typing import Any, ClassVar
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,9 @@ from .draws import draw_unit
 # %% ../nbs/20_diffusion.ipynb #a0f41efd
 class Process:
     "Anything that mixes data with Gaussian noise: x_s = a(s)·data + b(s)·noise. Made by its subclasses."
+    # the methods of the cells below, declared for type checkers
+    check_s: Callable[..., Tensor]; add_noise: Callable[..., Tensor]; target: Callable[..., Tensor]; convert: Callable[..., Tensor]; to: Callable[..., Any]
+    coefs: Callable[..., tuple[Tensor, Tensor]]; rates: Callable[..., tuple[Tensor, Tensor]]
     s_min = 0          # the scalar's range is [s_min, s_max]
     s_max = None
     noise_at = None    # the end of the range where x is noise,
@@ -39,6 +43,8 @@ class Process:
 # %% ../nbs/20_diffusion.ipynb #52621475
 class VPDiffusion(Process):
     "The variance-preserving process with linear β (Ho et al. 2020). Raises `ValueError` for numbers that are no schedule."
+    cosine: ClassVar[Callable[..., 'VPDiffusion']]; from_betas: ClassVar[Callable[..., 'VPDiffusion']]   # below
+    zero_terminal_snr: Callable[[], 'VPDiffusion']
     noise_at = property(lambda self: self.s_max)
     data_at, predicts, data, _spline = 0, "eps", "x0", None
     def __init__(self,
@@ -276,14 +282,16 @@ def from_unit(self: VPDiffusion,
     "Whole steps from unit numbers, all equally likely."
     return (u * self.T).long().clamp_(max=self.s_max)
 
-# %% ../nbs/20_diffusion.ipynb #43945efa
+# %% ../nbs/20_diffusion.ipynb #4b31baa1
 class DiffusionLoss:
     "Mean squared error of a prediction. Raises `ValueError` for an unknown prediction or weighting, and for ε or the score at zero SNR."
+    weight: Callable[..., Tensor]   # below; declared for type checkers
+
     def __init__(self,
         process: VPDiffusion,           # how images are noised
         predicts: str = "eps",          # what the model answers: "eps" (the paper), "x0", "v", or "score" (its error weighted with 1-ᾱ)
         weighting: str = "none",        # "none", or "min_snr" (Hang et al. 2023)
-        draw: str = "stratified",       # how steps are drawn, see `draw_unit`
+        draw: str = "stratified",       # how steps are drawn, see draw_unit
         groups: int | None = None,      # so many steps in a batch, each shared by a group; None: a step for each sample
         gamma: float = 5.,              # the cap of "min_snr", > 0
     ):
@@ -301,8 +309,8 @@ class DiffusionLoss:
         generator: torch.Generator | None = None,  # for the steps first, then for the noise
         s=None,                                    # steps, () or (B,); drawn when not given
     ) -> tuple[Tensor, Tensor]:                    # the loss, (), and its per-sample values, (B,)
-        "Noises a batch and marks the model's answer. Raises `ValueError` when that has another shape."
-        _floating(x)
+        "Noises a batch and marks the model's answer. Raises `ValueError` when that has another shape, or the batch is empty."
+        _batch(x)
         s = draw_scalars(self, len(x), generator) if s is None else as_scalar(s, x)
         eps = randn_like(x, generator)
         pred = checked_answer(model, self.process.add_noise(x, eps, s), s)
@@ -324,7 +332,12 @@ def weight(self: DiffusionLoss,
     plain = b**2 if self.predicts == "score" else torch.ones_like(snr)
     return plain if self.weighting == "none" else snr.clamp(max=self.gamma) / units
 
-# %% ../nbs/20_diffusion.ipynb #592a32f5
+# %% ../nbs/20_diffusion.ipynb #0d710724
+def _batch(x):
+    "Raises `TypeError` unless x is a floating tensor, and `ValueError` unless it holds samples."
+    _floating(x)
+    if x.ndim == 0 or len(x) == 0: raise ValueError(f"a batch holds one or more samples, (B, ...); got shape {tuple(x.shape)}")
+
 def draw_scalars(objective, n, generator=None):
     "An objective's scalars for n samples, (n,); () if the whole batch shares one."
     s = objective.process.from_unit(draw_unit(n, generator, objective.draw, objective.groups))

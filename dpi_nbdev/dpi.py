@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['interpolate', 'select_parameters', 'DPI', 'check_exact', 'param_groups']
 
-# %% ../nbs/02_dpi.ipynb #c8f3f201
+# %% ../nbs/02_dpi.ipynb #355f3210
+from typing import Any
+from collections.abc import Callable
 import copy, warnings
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -17,6 +19,7 @@ from torch import nn, Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastcore.basics import patch
 
@@ -34,7 +37,7 @@ def interpolate(
         return torch.lerp(theta0.float(), theta1.float(), lam.float()).to(theta0.dtype)
     return torch.lerp(theta0, theta1, lam.to(theta0.dtype))
 
-# %% ../nbs/02_dpi.ipynb #dcdff921
+# %% ../nbs/02_dpi.ipynb #29b43770
 _RUN_TWICE = {torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
               F.linear, F.embedding, torch.prelu}
 _METADATA = {"shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
@@ -55,16 +58,6 @@ class _TwoSets(TorchFunctionMode):
         if name in _METADATA: return func(*self.fill(args, 0), **self.fill(kwargs, 0))
         return func(*self.fill(args), **self.fill(kwargs))
 
-    def run_twice(self, func, args, kwargs):
-        "Both sets on the whole batch, outputs mixed; in autocast's precision, which vmap would ignore."
-        device, low = self.lam.device.type, lambda a: a
-        if func is not F.embedding and device != "meta" and torch.is_autocast_enabled(device):
-            low = lambda a: a.to(torch.get_autocast_dtype(device)) if isinstance(a, Tensor) and a.is_floating_point() else a
-        if not any(id(a) in self.pairs for a in (*args, *kwargs.values())): return func(*args, **kwargs)
-        pick = lambda a, i: low(self.pairs[id(a)][i] if id(a) in self.pairs else a)
-        y0, y1 = (func(*[pick(a, i) for a in args], **{k: pick(a, i) for k, a in kwargs.items()}) for i in (0, 1))
-        return interpolate(y0, y1, self.lam)
-
     def meets(self, a):
         "Is there a placeholder in `a`?"
         if isinstance(a, dict): a = a.values()
@@ -79,7 +72,19 @@ class _TwoSets(TorchFunctionMode):
         if id(a) not in self.made: self.made[id(a)] = interpolate(*self.pairs[id(a)], self.lam)
         return self.made[id(a)]
 
-# %% ../nbs/02_dpi.ipynb #9174a56c
+# %% ../nbs/02_dpi.ipynb #bb59d5ca
+@patch
+def run_twice(self:_TwoSets, func, args, kwargs):
+    "Both sets on the whole batch, outputs mixed; in autocast's precision."
+    if not any(id(a) in self.pairs for a in (*args, *kwargs.values())): return func(*args, **kwargs)
+    device, low = self.lam.device.type, lambda a: a
+    if func is not F.embedding and device != "meta" and torch.is_autocast_enabled(device):
+        low = lambda a: a.to(torch.get_autocast_dtype(device)) if isinstance(a, Tensor) and a.is_floating_point() else a
+    pick = lambda a, i: low(self.pairs[id(a)][i] if id(a) in self.pairs else a)
+    y0, y1 = (func(*[pick(a, i) for a in args], **{k: pick(a, i) for k, a in kwargs.items()}) for i in (0, 1))
+    return interpolate(y0, y1, self.lam)
+
+# %% ../nbs/02_dpi.ipynb #3a530479
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 
 def _uses_batch_statistics(func, args, kwargs):
@@ -98,7 +103,8 @@ class _WholeBatch(torch.autograd.Function):
         y = F.batch_norm(x.flatten(0, 1), running_mean, running_var, None, None, True, momentum, eps)
         return y.unflatten(0, x.shape[:2]), 0
 
-def _batch_norm(self, func, input, running_mean, running_var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5):
+@patch
+def batch_norm(self:_TwoSets, func, input, running_mean, running_var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5):
     "Statistics of the batch, gain and bias of the sample."
     if func is not F.batch_norm: raise NotImplementedError("torch.batch_norm with batch statistics: call F.batch_norm, or use one scalar for the batch")
     y = _WholeBatch.apply(input, running_mean, running_var, momentum, eps)
@@ -106,14 +112,19 @@ def _batch_norm(self, func, input, running_mean, running_var, weight=None, bias=
     if weight is not None: y = y * self.fill(weight).view(shape)
     return y if bias is None else y + self.fill(bias).view(shape)
 
-_TwoSets.batch_norm = _batch_norm
+# %% ../nbs/02_dpi.ipynb #821b93f5
+def _everywhere(net, tensors):
+    "`tensors` (name -> stand-in for a parameter or buffer), repeated for every place where the network holds it."
+    first = {id(p): n for n, p in (*net.named_parameters(), *net.named_buffers())}
+    held = [(f"{m}.{n}" if m else n, p) for m, module in net.named_modules() for n, p in (*module._parameters.items(), *module._buffers.items())]
+    return {place: tensors[first[id(p)]] for place, p in held if p is not None and first[id(p)] in tensors}
 
-# %% ../nbs/02_dpi.ipynb #aaed70f9
 def _run_shared(net, theta0, theta1, lam, args, kwargs):
     "One λ for everything: interpolate once, run once."
-    return functional_call(net, {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}, args, kwargs)
+    theta = {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}
+    return functional_call(net, _everywhere(net, theta), args, kwargs, tie_weights=False)
 
-# %% ../nbs/02_dpi.ipynb #51e80b9c
+# %% ../nbs/02_dpi.ipynb #3ebb1303
 def _run_per_sample(net, theta0, theta1, lam, args, kwargs):
     "A λ for each sample: every operation twice at most."
     slots = {n: torch.empty((), dtype=p.dtype, device="meta").expand(p.shape) for n, p in theta0.items()}
@@ -123,14 +134,20 @@ def _run_per_sample(net, theta0, theta1, lam, args, kwargs):
     def one_sample(lam, *args):
         nonlocal shape
         args = tuple(a[None] if b else a for a, b in zip(args, batched))
-        with _TwoSets(pairs, lam): y = functional_call(net, slots, args, kwargs)
+        with _TwoSets(pairs, lam): y = functional_call(net, _everywhere(net, slots), args, kwargs, tie_weights=False)
         leaves, spec = tree_flatten(y)
-        shape = [None if isinstance(v, Tensor) else v for v in leaves], spec
-        return tuple(_sample_axis(v, 1)[0] for v in leaves if isinstance(v, Tensor))
+        shape = [v if _constant(v) else Tensor for v in leaves], spec
+        return tuple(_sample_axis(v, 1)[0] for v in leaves if not _constant(v))
     with sdpa_kernel(SDPBackend.MATH) if lam.device.type in ("cpu", "meta") else nullcontext():   # the fused CPU attention has no vmap rule
         out = iter(vmap(one_sample, (0, *(0 if b else None for b in batched)), randomness="different")(lam, *args))
     leaves, spec = shape
-    return tree_unflatten([next(out) if v is None else v for v in leaves], spec)
+    return tree_unflatten([next(out) if v is Tensor else v for v in leaves], spec)
+
+def _constant(v):
+    "Is this part of an output a plain value (True) or a tensor (False)? Anything else might hide tensors."
+    if v is None or isinstance(v, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)): return True
+    if isinstance(v, Tensor): return False
+    raise ValueError(f"with a scalar per sample, a network's output may be made of tensors, plain values, tuples, lists and dictionaries, not of {type(v).__name__}")
 
 def _sample_axis(v, n):
     "`v`, if its first axis counts the `n` samples."
@@ -138,7 +155,7 @@ def _sample_axis(v, n):
     raise ValueError(f"with a scalar per sample, every output of the network must have the samples on its first axis; got shape {tuple(v.shape)}"
                      f" for {n} sample{'s' * (n > 1)}. Use one scalar for the batch.")
 
-# %% ../nbs/02_dpi.ipynb #65a00f0c
+# %% ../nbs/02_dpi.ipynb #62c7beb7
 class _Apart(TorchFunctionMode):
     "Inside, batch statistics are refused: a group of samples is not the batch."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -150,25 +167,33 @@ class _Apart(TorchFunctionMode):
 def _run_unique(net, theta0, theta1, lams, group, args, kwargs):
     "`lams` (K,) for K groups, `group` (B,) says which sample is in which: run each group on its own."
     index, outs = [(group == k).nonzero().squeeze(1) for k in range(len(lams))], []
-    buffers = dict(net.named_buffers())
     for lam, i in zip(lams, index):
-        part = tuple(a[i] if isinstance(a, Tensor) else a for a in args)
-        trial = {n: b.clone() for n, b in buffers.items()} if net.training else {}
-        theta = {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}
-        with _Apart(): y = functional_call(net, {**theta, **trial}, part, kwargs)
-        changed = [n for n, b in trial.items() if not torch.equal(b, buffers[n])]
-        if changed: raise ValueError(f"the network updates its buffer {changed[0]!r} in training mode, which groups of equal s would do {len(lams)} times: use one scalar for the batch, or net.eval()")
-        outs.append(tree_map(lambda v: _sample_axis(v, len(i)) if isinstance(v, Tensor) else v, y))
+        twin = not outs and len(i) == 1
+        part = tuple(a[i.repeat(1 + twin)] if isinstance(a, Tensor) else a for a in args)
+        y = _run_group(net, {n: interpolate(theta0[n], theta1[n], lam) for n in theta0}, part, kwargs, trial=not outs)
+        outs.append(tree_map(lambda v: v if _constant(v) else _sample_axis(v, len(i) + twin)[:len(i)], y))
     back = torch.cat(index).argsort()
     flat, spec = zip(*map(tree_flatten, outs))
-    return tree_unflatten([torch.cat(v)[back] if isinstance(v[0], Tensor) else v[0] for v in zip(*flat)], spec[0])
+    if any(v != spec[0] for v in spec) or any(_constant(v[0]) and any(w != v[0] for w in v) for v in zip(*flat)):
+        raise ValueError("with a scalar per sample, a network's output must have the same structure and the same plain values (those that are no tensors) for all samples")
+    return tree_unflatten([v[0] if _constant(v[0]) else torch.cat(v)[back] for v in zip(*flat)], spec[0])
 
-# %% ../nbs/02_dpi.ipynb #1e4525e1
+def _run_group(net, theta, args, kwargs, trial):
+    "One run with parameters `theta`; a `trial` gets copies of the buffers and refuses to change them."
+    lent = {n: b.clone() for n, b in net.named_buffers()} if trial else {}
+    given = _everywhere(net, {**theta, **lent})
+    with _Apart(): y = functional_call(net, given, args, kwargs, tie_weights=False)
+    own = _everywhere(net, dict(net.named_buffers())) if trial else {}
+    changed = [n for n, b in own.items() if not (b.is_meta or torch.equal(b, given[n]))]
+    if changed: raise ValueError(f"the network updates its buffer {changed[0]!r}, which groups of equal s would do once for each: use one scalar for the batch; net.eval() helps if it does so in training mode only")
+    return y
+
+# %% ../nbs/02_dpi.ipynb #37181adb
 def select_parameters(
     net: nn.Module,   # the network
     select=None,      # None: all; name pattern(s) like "*.weight"; layer type(s) like nn.Conv2d; or a function (name, module, parameter) -> bool
 ) -> list:            # names, in the network's order
-    "Names of the parameters to interpolate. Raises `ValueError` if there are none."
+    "Names of the parameters to interpolate. Raises `ValueError` if there are none or one has integers, `TypeError` for another kind of `select`."
     def wanted(name, module, p):
         if select is None: return p.is_floating_point() or p.is_complex()
         if not isinstance(select, (str, type, list, tuple)): return select(name, module, p)
@@ -183,6 +208,8 @@ def select_parameters(
     names = [n for n in first.values() if n in chosen]
     if not names:
         raise ValueError(f"select={select!r} matches none of the network's {len(first)} parameters: {', '.join(list(first.values())[:6])}{', …' * (len(first) > 6)}")
+    whole = [n for n, p in net.named_parameters() if n in chosen and not (p.is_floating_point() or p.is_complex())]
+    if whole: raise ValueError(f"select={select!r} takes in {whole[0]!r}, whose values are integers and have nothing in between")
     return names
 
 # %% ../nbs/02_dpi.ipynb #e2960769
@@ -209,7 +236,7 @@ def _redrawn(net, names):
     if stuck: raise ValueError(f'init="fresh" needs layers with reset_parameters(); none covers {", ".join(stuck[:6])}. Give another network as init instead')
     return params
 
-# %% ../nbs/02_dpi.ipynb #8301e988
+# %% ../nbs/02_dpi.ipynb #d28a08e5
 def _tree(params):
     "Nested modules that hold `params` (name -> parameter) under their dotted names."
     root = nn.Module()
@@ -222,46 +249,105 @@ def _tree(params):
         module.register_parameter(leaf, p)
     return root
 
+# %% ../nbs/02_dpi.ipynb #053450db
+class _Watch(TorchDispatchMode):
+    "Inside, every operation works on stand-ins; one that touches the memory of a parameter itself raises `ValueError`."
+    def __init__(self, params):  # name -> parameter
+        super().__init__()
+        self.lies, self.met_batch_norm = [(n, at) for n, p in params.items() if (at := _memory(p))], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.met_batch_norm |= "batch_norm" in str(func)
+        met = [at for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and (at := _memory(t))]
+        for name, (storage, first, last) in self.lies:
+            if any(s == storage and a < last and first < b for s, a, b in met): raise ValueError(_PRIVATE.format(name))
+        return func(*args, **kwargs)
+
+_PRIVATE = "the network keeps a reference to its parameter {!r} outside the module that owns it (in a list or a closure?), and would not see it interpolated"
+
+def _memory(t):
+    "Where a tensor lies: its storage, its first byte in it and the byte after its last; None for a kind without."
+    try: storage = t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError): return None
+    first = t.storage_offset()
+    last = first + sum((n - 1) * k for n, k in zip(t.shape, t.stride())) + 1 if t.numel() else first
+    return storage, first * t.element_size(), last * t.element_size()
+
+# %% ../nbs/02_dpi.ipynb #3369998c
+def _search(net, theta0, args, kwargs, n):
+    "Runs the network once on copies, recording gradients; raises if it gets past them or recomputes, or, with `n` samples that have their own scalars, does not treat them one by one."
+    detached = lambda v: tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, v)
+    fresh = lambda d: {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in d.items()}
+    x, *inputs = detached(args)
+    if x.is_floating_point() and not x.is_inference(): x.requires_grad_()
+    given, device = _everywhere(net, {**fresh(theta0), **fresh(dict(net.named_buffers()))}), next(iter(theta0.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), _no_checkpoints(), _Watch(theta0) as watch:
+        y = functional_call(net, given, (x.clone(), *inputs), detached(kwargs), tie_weights=False)
+        outputs = [v for v in tree_flatten(y)[0] if isinstance(v, Tensor)]
+    _search_graph(outputs, {id(p): k for k, p in theta0.items()})
+    if n is None: return
+    for v in outputs: _sample_axis(v, n)
+    if x.requires_grad and not x.is_meta and not watch.met_batch_norm: _refuse_mixing(outputs, x)
+
+def _refuse_mixing(outputs, x):
+    "Raise if the first sample's output depends on another sample."
+    firsts = [v[0].abs().sum() for v in outputs if v.requires_grad]
+    try: grad, = torch.autograd.grad(firsts, x, allow_unused=True) if firsts else [None]
+    except RuntimeError: return   # it cannot be told: cuDNN's recurrent layers, for one, have no backward pass in eval mode
+    if grad is not None and bool((grad[1:].abs() > 0).any()):
+        raise ValueError("the network mixes the samples of a batch (the first output depends on other samples), so they cannot have parameters of their own: use one scalar for the batch")
+
+def _search_graph(outputs, originals):
+    "Raise if a parameter itself (id -> name), or a checkpoint of the older kind, is in the graph of the outputs."
+    todo, seen = [v.grad_fn for v in outputs], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        name = originals.get(id(getattr(node, "variable", None)))
+        if name: raise ValueError(_PRIVATE.format(name))
+        if node.name() == "CheckpointFunctionBackward": raise RuntimeError(_RECOMPUTES)
+        todo += [k for k, _ in node.next_functions]
+
+# %% ../nbs/02_dpi.ipynb #32bb1fea
+_RECOMPUTES = ("the network saves its activations in its own way (activation checkpointing?). Checkpointing inside the network recomputes layers in backward(), outside the"
+               " DPI model's forward pass and so with the wrong parameters: turn it off")
+
+def _no_checkpoints():
+    "A context in which `checkpoint` raises; one that does nothing where the caller has saved-tensor hooks around the model, which cannot be switched off."
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""): pass
+    except RuntimeError: return nullcontext()
+    return torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES)
+
 def _refuse(names, module, args):
     "A forward pre-hook: the layer holds bare parameters, so it was not DPI that called it."
     if any(isinstance(module._parameters[n], nn.Parameter) for n in names):
         raise RuntimeError(f"{type(module).__name__} belongs to a DPI model but runs outside its forward pass, with θ⁰ only. Call the DPI model, or take a plain network with"
                            " freeze_at(s). If this came up in backward(): activation checkpointing inside the network recomputes layers with the wrong parameters; turn it off.")
 
-def _find_private_references(net, theta0, args, kwargs):
-    "Raise if the network reaches a parameter other than through its place in the module."
-    fresh = lambda d: {n: v.detach().clone().requires_grad_(v.requires_grad) for n, v in d.items()}
-    inputs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
-    device = next(iter(theta0.values())).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        y = functional_call(net, {**fresh(theta0), **fresh(dict(net.named_buffers()))}, *inputs)
-    originals = {id(p): n for n, p in theta0.items()}
-    todo, seen = [v.grad_fn for v in tree_flatten(y)[0] if isinstance(v, Tensor)], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        name = originals.get(id(getattr(node, "variable", None)))
-        if name: raise ValueError(f"the network keeps a reference to its parameter {name!r} outside the module that owns it (in a list or a closure?), and would not see it interpolated")
-        todo += [n for n, _ in node.next_functions]
-
-# %% ../nbs/02_dpi.ipynb #e8ccd4f5
+# %% ../nbs/02_dpi.ipynb #afc64762
 def _check_net(net):
     "Raise if `net` is not a network DPI can be exact about."
     if not isinstance(net, nn.Module): raise TypeError(f"DPI wraps an nn.Module, got {type(net).__name__}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in net.modules()): raise TypeError("the network has TorchScript modules, whose parameters cannot be exchanged: wrap the Python network, and script what freeze_at(s) returns")
     if any(isinstance(m, DPI) for m in net.modules()): raise TypeError("the network already is, or contains, a DPI model")
     if any(isinstance(p, nn.UninitializedParameter) for p in net.parameters()): raise ValueError("the network has lazy layers: run it once on an example before wrapping it")
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None for m in net.modules()):
         raise ValueError("nn.Embedding(max_norm=…) rewrites its weight during the forward pass and cannot be interpolated")
 
-# %% ../nbs/02_dpi.ipynb #18a6e2d5
+# %% ../nbs/02_dpi.ipynb #48b72c0b
 class DPI(nn.Module):
     "f((1-λ(s))·θ⁰ + λ(s)·θ¹, x) for any network f (eq. 2 of the paper). Exact, or it raises."
+    net: nn.Module; lam: Any   # declared for type checkers, as are the methods of the cells below
+    theta: Callable[..., tuple[dict, dict]]; plan: Callable[..., str]; freeze_at: Callable[..., nn.Module]; param_groups: Callable[..., list[dict]]
+
     def __init__(
         self,
         net: nn.Module,             # the network f; holds θ⁰ from now on
-        lam=None,                   # λ: scalar tensor -> [0, 1]; a `MonotoneLambda()` on 0…999 if None
-        select=None,                # what to interpolate, see `select_parameters`; None: everything
+        lam=None,                   # λ: scalar tensor -> [0, 1]; a MonotoneLambda on 0…999 if None
+        select=None,                # what to interpolate, see select_parameters; None: everything
         init="copy",                # where θ¹ starts: "copy" of θ⁰, "fresh", or a network like `net`
         granularity: str = "auto",  # "shared": one s a call; "unique": group by equal s; "per_sample": all at once; "auto": chooses
     ):
@@ -273,7 +359,7 @@ class DPI(nn.Module):
         self.net, self.granularity = net, granularity
         self.theta1 = _tree(_second_set(net, names, init))
         self.lam = MonotoneLambda() if lam is None else lam
-        self.names, self._searched, self._guarded, self._vmap_fails = names, False, False, False
+        self.names, self._searched, self._guarded, self._vmap_fails = names, set(), False, False
 
     def forward(
         self,
@@ -282,36 +368,44 @@ class DPI(nn.Module):
         *args,      # more inputs of the network; tensors are cut along the first axis like x when s is (B,)
         **kwargs,   # more inputs, the same for all samples
     ):
-        "f at the interpolated parameters."
+        "f at the interpolated parameters. Raises `ValueError` or `TypeError` for a bad x or s, and where eq. 2 cannot be guaranteed, `RuntimeError` for checkpointing."
         if not isinstance(x, Tensor): raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         s, args = as_scalar(s, x), (x, *args)
         theta0, theta1 = self.theta()
-        self._keep_watch(theta0, args, kwargs)
+        self._keep_watch(s, theta0, args, kwargs)
+        if not self._searched: return self._first_run(s, theta0, theta1, args, kwargs)
         if s.ndim == 0: return _run_shared(self.net, theta0, theta1, self.lam(s), args, kwargs)
         return self._run_batch(s, theta0, theta1, args, kwargs)
 
-    def theta(self):
-        "θ⁰ and θ¹ as two dictionaries from name to parameter."
-        theta0, theta1 = (dict(m.named_parameters()) for m in (self.net, self.theta1))
-        return {n: theta0[n] for n in self.names}, theta1
+# %% ../nbs/02_dpi.ipynb #1651a2e7
+@patch
+def theta(self:DPI) -> tuple:  # two dictionaries from name to parameter
+    "θ⁰ and θ¹, the interpolated parameters only."
+    theta0, theta1 = (dict(m.named_parameters()) for m in (self.net, self.theta1))
+    return {n: theta0[n] for n in self.names}, theta1
 
-    def param_groups(self, lr: float = 1e-5, phi_lr: float = 1e-3, weight_decay: float = 0.05) -> list:
-        "`param_groups` of this model."
-        return param_groups(self, lr, phi_lr, weight_decay)
+@patch
+def param_groups(self:DPI, lr: float = 1e-5, phi_lr: float = 1e-3, weight_decay: float = 0.05) -> list:
+    "`param_groups` of this model."
+    return param_groups(self, lr, phi_lr, weight_decay)
 
-    def extra_repr(self):
-        n = sum(p.numel() for p in self.theta1.parameters())
-        return f'granularity="{self.granularity}", tensors interpolated: {len(self.names)}, parameters in them: 2 × {n:,}'
+@patch
+def extra_repr(self:DPI):
+    n = sum(p.numel() for p in self.theta1.parameters())
+    return f'granularity="{self.granularity}", tensors interpolated: {len(self.names)}, parameters in them: 2 × {n:,}'
 
-# %% ../nbs/02_dpi.ipynb #d669b8c7
+# %% ../nbs/02_dpi.ipynb #954003d4
 @patch
 @uncompiled
-def _keep_watch(self:DPI, theta0, args, kwargs):
+def _keep_watch(self:DPI, s, theta0, args, kwargs):
     "Arm the two guards when gradients are recorded; stand back when they are not."
     recording = torch.is_grad_enabled()
-    if recording and not self._searched:
-        _find_private_references(self.net, theta0, args, kwargs)
-        self._searched = True
+    if recording and torch._C._functorch.peek_interpreter_stack() is None:   # torch.func.jvp and the like record in their own way
+        mode = self.net.training
+        several = s.numel() > 1 and ((mode, True) in self._searched or self.plan(s) != "shared")
+        if (mode, several) not in self._searched:                           # each way of running may do other things
+            _search(self.net, theta0, args, kwargs, len(s) if several else None)
+            self._searched.add((mode, several))
     if recording == self._guarded: return
     owned = {}
     for name in self.names: owned.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
@@ -321,12 +415,22 @@ def _keep_watch(self:DPI, theta0, args, kwargs):
         if recording: module.register_forward_pre_hook(partial(_refuse, tuple(names)))
     self._guarded = recording
 
+@patch
+@uncompiled
+def _first_run(self:DPI, s, theta0, theta1, args, kwargs):
+    "A first call without gradients: on copies, under watch."
+    copies = {n: p.clone() for n, p in theta0.items()}
+    with _Watch(theta0):
+        y = _run_shared(self.net, copies, theta1, self.lam(s), args, kwargs) if s.ndim == 0 else self._run_batch(s, copies, theta1, args, kwargs)
+    self._searched.add("memory")
+    return y
+
 def _unguard(module):
     "Take our pre-hook off a module."
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "func", None) is _refuse: del module._forward_pre_hooks[key]
 
-# %% ../nbs/02_dpi.ipynb #722dda2b
+# %% ../nbs/02_dpi.ipynb #4a2cd198
 @patch
 def plan(
     self:DPI,
@@ -335,7 +439,7 @@ def plan(
     "How a call with `s` will run."
     s = as_scalar(s)
     n = 1 if s.ndim == 0 else len(s) if s.device.type == "meta" else len(s.unique())   # unknown scalars count as different
-    if n == 1: return "shared"
+    if n < 2: return "shared"
     if self.granularity == "shared": raise ValueError(f'granularity="shared" takes one scalar for the batch, got {n} different ones')
     if self.granularity != "auto": return self.granularity
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None) for m in self.net.modules()): return "per_sample"
@@ -346,10 +450,12 @@ def plan(
 def _run_batch(self:DPI, s, theta0, theta1, args, kwargs):
     "Eq. (2) for a scalar per sample."
     for a in args:
+        if not isinstance(a, Tensor) and any(isinstance(v, Tensor) for v in tree_flatten(a)[0]):
+            raise ValueError(f"with a scalar per sample, a {type(a).__name__} of tensors cannot be cut into samples: pass the tensors one by one, or what all samples share by keyword")
         if isinstance(a, Tensor) and (a.ndim == 0 or len(a) != len(s)):
             raise ValueError(f"with a scalar per sample, positional tensors have the {len(s)} samples on their first axis; got shape {tuple(a.shape)} (pass what all samples share by keyword)")
     how = self.plan(s)
-    if how == "shared": return _run_shared(self.net, theta0, theta1, self.lam(s[0]), args, kwargs)
+    if how == "shared": return _run_shared(self.net, theta0, theta1, self.lam(s[:1]).sum(), args, kwargs)   # also for an empty batch
     if how == "per_sample":
         try: return _run_per_sample(self.net, theta0, theta1, self.lam(s), args, kwargs)
         except (RuntimeError, NotImplementedError) as e:
@@ -407,7 +513,7 @@ def _deepcopy(net):
         raise RuntimeError("the network cannot be copied, since it keeps a tensor computed from its parameters; the old torch.nn.utils.weight_norm"
                            " does this, torch.nn.utils.parametrizations.weight_norm does not") from e
 
-# %% ../nbs/02_dpi.ipynb #cd42d5ac
+# %% ../nbs/02_dpi.ipynb #d2830fec
 def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks' parameters (paper: 1e-5)

@@ -6,6 +6,8 @@
 __all__ = ['ResBlock', 'DRUNet', 'Padded', 'drunet_stages', 'draw_drunet', 'read_checkpoint', 'load_exactly', 'OnesChannel']
 
 # %% ../nbs/11_drunet.ipynb #4483ed3d
+from typing import ClassVar
+from collections.abc import Callable
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,6 +38,8 @@ class ResBlock(nn.Module):
 # %% ../nbs/11_drunet.ipynb #165be209
 class DRUNet(nn.Module):
     "Bias-free residual U-Net with additive skips (Zhang et al. 2021, arXiv 2008.13751); the defaults are the paper's Table 1."
+    from_public: ClassVar[Callable[..., nn.Module]]   # below; declared for type checkers
+
     def __init__(self,
         in_channels: int = 3,                # of the image, plus one for an appended map
         out_channels: int = 3,               # of what is predicted

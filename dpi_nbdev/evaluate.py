@@ -133,7 +133,7 @@ def shares(
     edges = [min(n, -(-batches * r // world) * batch_size) for r in range(world + 1)]
     return [range(i, j) for i, j in zip(edges, edges[1:])]
 
-# %% ../nbs/42_evaluate.ipynb #adec0997
+# %% ../nbs/42_evaluate.ipynb #6c304a94
 def image_features(
     images,                  # (N, H, W, C) uint8: an array, or anything with that shape that gives rows for `images[range(i, j)]`
     extractor: Callable,     # (B, C, H, W) uint8 -> features
@@ -144,7 +144,8 @@ def image_features(
     progress: bool = True,   # show a progress bar
     name: str = "images",    # how messages and the bar call them
 ) -> Features | None:        # of all images, in their order, on rank 0; None on the others
-    "Features of images that are read in blocks. Raises `ValueError` for features that are not finite."
+    "Features of images that are read in blocks. Raises `ValueError` for no images or features that are not finite, `TypeError` for images that are not bytes."
+    if not len(images): raise ValueError(f"{name}: there are no images")
     mine, part, fault = shares(len(images), batch_size, world)[rank], None, None
     try:
         if mine: part = _extract_rows(images, mine, extractor, batch_size, device, progress and rank == 0, name)
@@ -207,9 +208,9 @@ def find_extractor(
     if weights is not None: raise ValueError(f"weights are for the inception features, the {features} features have none")
     return EXTRACTORS[features]()
 
-# %% ../nbs/42_evaluate.ipynb #c2e96287
+# %% ../nbs/42_evaluate.ipynb #5305e032
 def make_reference(
-    images,                  # (N, H, W, C) uint8, as `open_images` gives them, or an array
+    images,                  # (N, H, W, C) uint8, as open_images gives them, or an array
     out,                     # the .npz file to make
     extractor: Callable,     # makes the statistics; its name is stored with them
     n_images: int = 10_000,  # images to keep in the file, at most; all if there are no more
@@ -225,7 +226,7 @@ def make_reference(
     if out.suffix != ".npz": raise ValueError(f"a reference is an .npz file, got {out.name!r}")
     if out.exists(): raise FileExistsError(f"{str(out)!r} exists already: give another file, or remove it")
     for k, v in (("the number of images", n), ("n_images", n_images)):
-        if v < 2: raise ValueError(f"{k} must be at least 2, got {v}")
+        if not isinstance(v, int) or v < 2: raise ValueError(f"{k} must be a whole number, at least 2; got {v}")
     output_folder(out.parent)
     with rank_group(rank, world): found = image_features(images, extractor, batch_size, device, rank, world, progress, "reference")
     if rank: return out
@@ -334,7 +335,7 @@ def evaluate_samples(
     reference,               # .npz with real images, statistics, or both
     extractor: Callable,     # (B, C, H, W) uint8 -> features
     k: int = 3,              # neighbours in precision and recall
-    resamples: int = 0,      # resamples for confidence intervals, as in `bootstrap`; 0: no intervals
+    resamples: int = 0,      # resamples for confidence intervals, as in bootstrap; 0: no intervals
     level: float = 0.95,     # confidence of the intervals, in (0, 1)
     seed: int = 0,           # of the resampling
     batch_size: int = 64,    # images at a time
@@ -381,9 +382,9 @@ def _about(file):
     return dict(file=str(file.path), sha256=digest.hexdigest(), images=None if file.images is None else list(file.images.shape),
                 statistics=sorted(file.statistics), statistics_of=file.n if file.statistics else None)
 
-# %% ../nbs/42_evaluate.ipynb #7bf6900d
+# %% ../nbs/42_evaluate.ipynb #5ae81cee
 def evaluation_table(
-    results: dict,   # of `evaluate_samples`
+    results: dict,   # of evaluate_samples
 ) -> str:            # several lines
     "The results as a text: files, features, numbers, and the reason for each number that is missing."
     fid = results["extractor"] == INCEPTION
@@ -406,9 +407,10 @@ def _described(about):
 def describe_file(
     path,      # an .npz for evaluation
 ) -> str:
-    "What the file holds, in a line."
+    "What the file holds, in a line. Raises as `read_images` does."
     return _described(_about(read_images(path)))
 
+# %% ../nbs/42_evaluate.ipynb #fbe92549
 def results_file(
     out,         # where results are to go
 ) -> Path:
@@ -419,7 +421,7 @@ def results_file(
     return out
 
 def write_results(
-    results: dict,   # of `evaluate_samples`
+    results: dict,   # of evaluate_samples
     out,             # the .json file to make or replace; the table goes beside it, as .txt
 ) -> Path:
     "Stores results and table. Raises as `results_file` does."

@@ -7,6 +7,7 @@ __all__ = ['SAMPLERS', 'PAPER_TRAINING', 'SMALL_TRAINING', 'SMALL_NETS', 'Experi
            'paper_experiments', 'find_experiment', 'run_experiment', 'environment', 'load_run', 'describe_run']
 
 # %% ../nbs/50_experiments.ipynb #95e85c57
+from typing import Any, ClassVar
 import hashlib, json, os, platform, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,10 +31,12 @@ from .solvers import sample_ode, sample_sde
 from .training import Trained, TrainSettings, every, lambda_log, plot_lambda_log, sample_grid, train
 from fastcore.basics import patch
 
-# %% ../nbs/50_experiments.ipynb #0aaf644b
+# %% ../nbs/50_experiments.ipynb #32b49b4a
 @dataclass(frozen=True)
 class Experiment:
     "A training run and how it is sampled. Raises `ValueError` for values that make no sense."
+    make_process: ClassVar[Callable[..., Any]]; make_objective: ClassVar[Callable[..., Any]]; make_model: ClassVar[Callable[..., nn.Module]]   # below; for type checkers
+    make_data: ClassVar[Callable[..., ImageSplit]]; sample: ClassVar[Callable[..., Tensor]]
     backbone: str = "drunet"       # "drunet" or "adm"
     conditioning: str = "dpi"      # "dpi", "t_map", "sigma_map", "ncsnv2", "mlp" or "none"
     process: str = "vp"            # "vp" or "flow"
@@ -42,7 +45,7 @@ class Experiment:
     data: str = ""                 # what to train on: "digits", "photos", or a folder, .zip, .npy or .npz
     size: int = 64                 # side of the images in pixels
     n_held_out: int = 500          # images kept out of training
-    draw: str = "stratified"       # how scalars are drawn, see `draw_unit`
+    draw: str = "stratified"       # how scalars are drawn, see draw_unit
     groups: int = 0                # scalars a batch; 0: one for each sample
     training: TrainSettings = field(default_factory=TrainSettings)
     sampler: str = "ddim"          # see SAMPLERS
@@ -50,8 +53,11 @@ class Experiment:
     n_samples: int = 50_000        # images that the paper's table is made of
 
     def __post_init__(self):
-        for name, known in (("process", ("vp", "flow")), ("sampler", tuple(SAMPLERS))):
+        for name, known in (("process", ("vp", "flow")), ("sampler", tuple(SAMPLERS)), ("draw", ("uniform", "stratified", "low_discrepancy", "decreasing"))):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name, low in (("size", 1), ("n_held_out", 0), ("groups", 0), ("sampler_steps", 1), ("n_samples", 1)):
+            v = getattr(self, name)
+            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ValueError(f"{name} must be a whole number, at least {low}; got {v!r}")
         if self.process not in SAMPLERS[self.sampler][0]: raise ValueError(f"the sampler {self.sampler!r} is for {' and '.join(SAMPLERS[self.sampler][0])}, not for {self.process}")
 
 SAMPLERS = {   # name -> (processes, sampler(model, process, x_start, steps, generator=…, progress=…))
@@ -102,7 +108,7 @@ def sample(self: Experiment,
     "Samples with this experiment's sampler."
     return SAMPLERS[self.sampler][1](model, self.make_process(), x_start, steps or self.sampler_steps, generator=streams, progress=progress)
 
-# %% ../nbs/50_experiments.ipynb #34e9e5b8
+# %% ../nbs/50_experiments.ipynb #d46d459c
 def to_yaml(
     experiment: Experiment,
 ) -> str:
@@ -113,13 +119,14 @@ def to_yaml(
 def from_yaml(
     text: str,  # YAML; fields that are missing keep their defaults
 ) -> Experiment:
-    "The experiment that the text describes. Raises `ValueError` for unknown fields or values of a wrong kind."
+    "The experiment that the text describes. Raises `ValueError` for unknown fields, a field given twice, or values of a wrong kind."
     import yaml
-    try: values = yaml.safe_load(text) or {}
+    try: values, tree = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as err: raise ValueError(f"this is not YAML: {' '.join(str(err).split())}") from err
+    _given_once(tree)
     return _from_dict(Experiment, values, "the experiment")
 
-# %% ../nbs/50_experiments.ipynb #74a79562
+# %% ../nbs/50_experiments.ipynb #5461ebb0
 def _from_dict(cls, values, where):
     "A dataclass from a dictionary: no unknown fields, no values of another kind; lists become tuples in `net`."
     if not isinstance(values, dict): raise ValueError(f"{where} must be a mapping of fields to values, got {values!r}")
@@ -135,6 +142,15 @@ def _from_dict(cls, values, where):
         if old is not None and v is not None and type(v) is not type(old): raise ValueError(f"{where}: {name} must be {type(old).__name__}, got {v!r}")
         out[name] = v
     return cls(**out)
+
+def _given_once(node):
+    "Raises `ValueError` for a mapping with a key that stands twice, of which YAML would silently take the last."
+    if not hasattr(node, "value") or not isinstance(node.value, list): return
+    pairs = [child for child in node.value if isinstance(child, tuple)]
+    names = [key.value for key, _ in pairs]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"{name} is given twice")
+    for _, value in pairs: _given_once(value)
 
 def _number(name, v):
     "`v` as a float, or a `ValueError`."
@@ -169,7 +185,7 @@ def find_experiment(
     if name not in runs: raise ValueError(f"there is no experiment {name!r}; there are {', '.join(k for k in runs if not k.endswith('-small'))}, each also with -small")
     return runs[name]
 
-# %% ../nbs/50_experiments.ipynb #9a4b4a7e
+# %% ../nbs/50_experiments.ipynb #bc8df812
 def run_experiment(
     experiment: Experiment,
     out,                     # the run's folder; a run found there is continued
@@ -178,32 +194,48 @@ def run_experiment(
     save_every: int = 500,   # steps between two checkpoints
     progress: bool = True,   # show progress bars
 ) -> Trained:
-    "Trains and stores everything. Raises what `train` raises, and `ValueError` when `out` holds another experiment."
-    out, e = output_folder(out), experiment
-    _claim(out, e)
+    "Trains and stores everything. Raises what `train` raises, `ValueError` when `out` holds another experiment or the images, and `OSError` for a full disk."
+    out, e = Path(out), experiment
+    if watch_every < 1: raise ValueError(f"watch_every must be a whole number of steps, at least 1; got {watch_every!r}")
+    _refuse_others(out, e)
     data = e.make_data()
     channels = data.train.shape[1]
-    model = e.make_model(channels).to(device)
+    model, objective = e.make_model(channels).to(device), e.make_objective()
+    objective(lambda x, s: torch.zeros_like(x), data.train[:1].expand(e.training.batch_size, -1, -1, -1), seeded(0))   # refuses draws that do not fit the batch
+    _claim(output_folder(out), e)
     first = start_noise(16, (channels, e.size, e.size), sample_streams(e.training.seed, range(16))).to(device)
     look = lambda model: e.sample(model, first, sample_streams(e.training.seed, range(16)), steps=min(50, e.sampler_steps), progress=False)
-    trained = train(model, e.make_objective(), data.train, e.training, out=out, held_out=data.held_out[:2048], check_every=watch_every, save_every=save_every, progress=progress,
+    trained = train(model, objective, data.train, e.training, out=out, held_out=data.held_out[:2048] if len(data.held_out) else None, check_every=watch_every, save_every=save_every, progress=progress,
                     watch=[every(watch_every, sample_grid(out / "samples", look)), every(max(1, watch_every // 4), lambda_log(out))], desc=out.name)
     if _is_first_rank():
-        save_model(out / "model", trained.model)
+        _save_model(out / "model", trained.model)
         with atomic_write(out / "results.json") as tmp: tmp.write_text(json.dumps(_results(e, trained, data.train.shape[1:]), indent=1), encoding="utf-8")
     return trained
 
-# %% ../nbs/50_experiments.ipynb #88c424e4
-def _claim(out, e):
-    "Writes experiment.yaml and environment.json, or refuses a folder that belongs to another experiment."
+# %% ../nbs/50_experiments.ipynb #ed704f5b
+def _refuse_others(out, e):
+    "Raises `ValueError` for a folder that belongs to another experiment, or in which the images lie that would be trained on."
+    if Path(e.data or "-").is_dir() and Path(e.data).resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"the run's folder {str(out)!r} lies among the images in {e.data!r}, which would grow by the pictures of the run: give a folder elsewhere")
     note = out / "experiment.yaml"
-    if note.exists():
-        then, now = (json.loads(json.dumps(asdict(v))) for v in (from_yaml(note.read_text(encoding="utf-8")), e))
-        differ = [f"{k} was {then[k]!r} and is {now[k]!r}" for k in now if then[k] != now[k] and k not in ("sampler", "sampler_steps", "n_samples")]
-        if differ: raise ValueError(f"{str(out)!r} belongs to another experiment: {'; '.join(differ)}. Give another folder")
+    if not note.exists(): return
+    then, now = (json.loads(json.dumps(asdict(v))) for v in (from_yaml(note.read_text(encoding="utf-8")), e))
+    free, t = {"sampler", "sampler_steps", "n_samples", "training"}, e.training
+    longer = {"steps"} if t.schedule == "constant" and not t.warmup and t.steps > then["training"]["steps"] else set()   # at the same rates, see Run.faults
+    differ = [f"{k} was {a[k]!r} and is {b[k]!r}" for a, b, may in ((then, now, free), (then["training"], now["training"], longer)) for k in b if a[k] != b[k] and k not in may]
+    if differ: raise ValueError(f"{str(out)!r} belongs to another experiment: {'; '.join(differ)}. Give another folder")
+
+def _claim(out, e):
+    "Writes experiment.yaml and environment.json."
     if not _is_first_rank(): return
-    with atomic_write(note) as tmp: tmp.write_text(to_yaml(e), encoding="utf-8")
+    with atomic_write(out / "experiment.yaml") as tmp: tmp.write_text(to_yaml(e), encoding="utf-8")
     with atomic_write(out / "environment.json") as tmp: tmp.write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+def _save_model(folder, model):
+    "`save_model`, with an `OSError` when the disk refuses."
+    from safetensors import SafetensorError
+    try: save_model(folder, model)
+    except SafetensorError as err: raise OSError(f"the trained model was not written to {str(folder)!r}: {err}; make room and give the same command again") from err
 
 def _is_first_rank():
     "Is this the process that writes files?"
@@ -220,15 +252,16 @@ def environment() -> dict:
     return dict(**{k: version(k) for k in ("dpi_nbdev", "torch", "numpy")}, python=platform.python_version(), system=platform.platform(),
                 processor=platform.processor() or platform.machine(), gpu=gpu, threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", "1")), date=time.strftime("%Y-%m-%d"))
 
-# %% ../nbs/50_experiments.ipynb #e6f08582
+# %% ../nbs/50_experiments.ipynb #3fca8267
 def load_run(
     folder,    # of a finished run
 ) -> tuple:    # experiment, model (eval mode, on the CPU), results, identity of the weights
-    "A finished run. Raises `FileNotFoundError` when it is none."
+    "A finished run. Raises `FileNotFoundError` when it is none, and `ValueError` for a damaged one."
     folder = Path(folder)
     if not (folder / "experiment.yaml").is_file(): raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no experiment.yaml")
     if not (folder / "results.json").is_file(): raise FileNotFoundError(f"the run in {str(folder)!r} is not finished: it has no results.json yet")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    try: results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except ValueError as err: raise ValueError(f"{str(folder / 'results.json')!r} is damaged: {err}") from err
     identity = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()[:16]
     return from_yaml((folder / "experiment.yaml").read_text(encoding="utf-8")), load_model(folder / "model").eval(), results, identity
 

@@ -81,7 +81,7 @@ def _checked(out, n, like, start) -> Features:
 # %% ../nbs/41_features.ipynb #a5549216
 @torch.no_grad()
 def extract(
-    extractor: Callable,     # (B, C, H, W) uint8 -> (B, D) or `Features`; a module evaluates and stays on `device`
+    extractor: Callable,     # (B, C, H, W) uint8 -> (B, D) or Features; a module evaluates and stays on `device`
     images,                  # (N, H, W, C) uint8 array or memory-map, (N, C, H, W) uint8 tensor, or an iterable of batches of these
     batch_size: int = 64,    # images at a time; an iterable brings its own
     device="cpu",            # where the extractor computes
@@ -222,12 +222,13 @@ def _log(m):
     "Logarithm of a strength, even below one grey level."
     return torch.log(m + 1 / 127.5)
 
-# %% ../nbs/41_features.ipynb #b150c1f3
+# %% ../nbs/41_features.ipynb #31b1dd11
 def resize_tf1(
     x: Tensor,     # (..., H, W) floating
     size: int,     # rows and columns wanted
 ) -> Tensor:       # (..., size, size)
-    "Bilinear resize as TensorFlow 1 does it: no half-pixel centres, corners not aligned, no antialiasing."
+    "Bilinear resize as TensorFlow 1 does it: no half-pixel centres, corners not aligned, no antialiasing. Raises `TypeError` for pixels that are whole numbers."
+    if not x.is_floating_point(): raise TypeError(f"pixels to interpolate between must be floating, got {x.dtype}")
     for axis in (-1, -2):
         n, at = x.shape[axis], torch.arange(size, device=x.device) * x.shape[axis]
         low, weight = at // size, (at % size).to(x.dtype) / size

@@ -181,7 +181,7 @@ def read_labels(
 class ImageFiles:
     "Image files as a uint8 array (N, H, W, C), decoded when indexed. Raises `ValueError` for broken images, mixed channels or mixed sizes."
     def __init__(self,
-        source,                       # a folder, a .zip, or an `ImageSource`
+        source,                       # a folder, a .zip, or an ImageSource
         size: int | None = None,      # crop and average each to size×size; None: they must all have one size
         channels: int | None = None,  # 1 or 3: make all of them grey or RGB; None: they must all be of one kind
         skip_broken: bool = False,    # decode everything once now and leave out what fails; False: an error
@@ -206,7 +206,7 @@ class ImageFiles:
 # %% ../nbs/29_files.ipynb #db3649be
 def look_through(
     source: ImageSource,
-    size: int | None,      # as in `ImageFiles`
+    size: int | None,      # as in ImageFiles
     channels: int | None,
     decode: bool,          # decode each image instead of only reading its header
     progress: bool,
@@ -225,7 +225,7 @@ def look_through(
 def read_image(
     source: ImageSource,
     name: str,             # one of its names
-    size: int | None,      # as in `decode_image`
+    size: int | None,      # as in decode_image
     channels: int,
     shape=None,            # what it must come out as, if that is known
 ) -> np.ndarray:           # (H, W, C) uint8
@@ -238,7 +238,7 @@ def read_image(
     except ImageError as e: raise ImageError(f"{name!r} {e}") from e.__cause__
     return x
 
-# %% ../nbs/29_files.ipynb #86ce7c0d
+# %% ../nbs/29_files.ipynb #4224fdbf
 def one_shape(
     shapes: dict,  # name -> (H, W, C)
 ) -> tuple:        # (H, W, C)
@@ -258,4 +258,4 @@ def broken_message(
 ) -> str:
     "One sentence that counts and names the images that cannot be used."
     some = "; ".join(f"{n!r} {why}" for n, why in list(broken.items())[:3])
-    return f"{len(broken)} of {len(source)} images in {str(source.path)!r} cannot be used: {some}{'; …' if len(broken) > 3 else ''} (skip_broken=True leaves them out)"
+    return f"{len(broken)} of {len(source)} images in {str(source.path)!r} cannot be used: {some}{'; …' if len(broken) > 3 else ''} (skip_broken=True, on the command line dpi_data --skip-broken, leaves them out)"

@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'GAMMAS', 'Interpolant', 'FlowMatching', 'interpolant_time', 'TwoSidedInterpolant', 'GaussianFields',
            'FlowLoss']
 
-# %% ../nbs/21_flow.ipynb #509448f1
+# %% ../nbs/21_flow.ipynb #5ade38db
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 
 from .core import as_scalar, randn_like
-from .diffusion import Process, _floating, checked_answer, draw_scalars
+from .diffusion import Process, _batch, _floating, _same_shape, checked_answer, draw_scalars
 
 # %% ../nbs/21_flow.ipynb #ba8f57d6
 def _down(t): return 1 - t
@@ -94,13 +94,16 @@ def _finite(s, names, rates):
             raise ValueError(f"{name} has no finite slope at s = {s[~r.isfinite()].flatten()[0].item():.6g}; keep a little away from there")
     return rates
 
-# %% ../nbs/21_flow.ipynb #01606bc5
+# %% ../nbs/21_flow.ipynb #b6a4c213
 def interpolant_time(
     process: Process,  # a variance-preserving process
     s,                 # its scalar: number, or tensor of shape () or (B,)
 ) -> Tensor:           # float64, shape of s, in [0, 1]
-    "The time at which `Interpolant('trigonometric')` is what this VP process is at `s`."
-    a, b = process._factors(process.check_s(s))
+    "The time at which `Interpolant('trigonometric')` is what this VP process is at `s`. Raises `ValueError` where a² + b² is not 1."
+    factors = process._factors(process.check_s(s))
+    if len(factors) != 2 or bool(((factors[0]**2 + factors[1]**2 - 1).abs() > 1e-9).any()):
+        raise ValueError(f"only a variance-preserving process, a² + b² = 1, is a trigonometric interpolant on another clock; got {process!r}")
+    a, b = factors
     return 1 - torch.atan2(b, a) * 2 / torch.pi
 
 # %% ../nbs/21_flow.ipynb #6ab19acc
@@ -133,7 +136,7 @@ class TwoSidedInterpolant(Process):
     def _factor_rates(self, s): return _finite(s, ("alpha", "beta", "gamma"), _value_and_rate(self._factors, s)[1])
     def __repr__(self): return f"TwoSidedInterpolant({self.name})"
 
-# %% ../nbs/21_flow.ipynb #19464b8a
+# %% ../nbs/21_flow.ipynb #d7c70d48
 @patch
 def add_noise(self: TwoSidedInterpolant,
     data,         # (x0, x1): two tensors (B, ...) of one shape
@@ -153,7 +156,8 @@ def target(self: TwoSidedInterpolant,
     "The right answer for a network that predicts `kind`: α̇x₀ + β̇x₁ + γ̇z, or z, or -z/γ."
     _kind(kind)
     if kind == "velocity": return _combine(self.rates(s, eps), data, eps)
-    return eps if kind == "eps" else self.convert(eps, eps, s, "eps", "score")
+    _pair(data, eps)
+    return self.convert(eps, eps, s, "eps", kind)
 
 @patch
 def convert(self: TwoSidedInterpolant,
@@ -164,7 +168,7 @@ def convert(self: TwoSidedInterpolant,
     wanted: str,  # what to return
 ) -> Tensor:      # shape of xt
     "η to score and back. Raises `ValueError` for any other pair: with two data sets, velocity and score are separate fields."
-    _kind(given); _kind(wanted)
+    _kind(given); _kind(wanted); _same_shape(xt=xt, prediction=y)
     gamma = self.coefs(s, xt)[2]
     if given == wanted: return y
     if "velocity" in (given, wanted): raise ValueError(f"between two data sets {given!r} does not determine {wanted!r}: train a model for each")
@@ -172,20 +176,27 @@ def convert(self: TwoSidedInterpolant,
     if bool((gamma == 0).any()): raise ValueError("the score is not defined where gamma = 0, at both ends; keep a little away from there")
     return -y / gamma
 
-# %% ../nbs/21_flow.ipynb #9e84b97e
+# %% ../nbs/21_flow.ipynb #cd07c99b
 def _kind(kind):
     "Raises `ValueError` unless kind is one that two-sided interpolants know."
     if kind not in ("velocity", "eps", "score"): raise ValueError(f"between two data sets a prediction is 'velocity', 'eps' or 'score'; got {kind!r}")
 
-def _combine(factors, data, eps):
-    "The sum of factor times part. Raises `ValueError` or `TypeError` unless data is a pair and all shapes agree."
+def _pair(data, eps):
+    "Raises `TypeError` unless data is a pair of floating tensors, `ValueError` unless all shapes agree."
     if not isinstance(data, (tuple, list)) or len(data) != 2: raise TypeError(f"a two-sided interpolant takes a pair (x0, x1), got {type(data).__name__}")
+    for part in (*data, eps): _floating(part)
     if not data[0].shape == data[1].shape == eps.shape: raise ValueError(f"x0, x1 and eps must have one shape; got {tuple(data[0].shape)}, {tuple(data[1].shape)} and {tuple(eps.shape)}")
+
+def _combine(factors, data, eps):
+    "The sum of factor times part."
+    _pair(data, eps)
     return sum(f * part for f, part in zip(factors, (*data, eps)))
 
-# %% ../nbs/21_flow.ipynb #4469f0f0
+# %% ../nbs/21_flow.ipynb #98627c2e
 class GaussianFields:
     "The exact fields of a process between Gaussians; `velocity`, `eps` and `score` are models. Raises `ValueError` for laws that do not fit."
+    score: Callable[..., Tensor]; eps: Callable[..., Tensor]; velocity: Callable[..., Tensor]   # below; declared for type checkers
+
     def __init__(self,
         process: Process,  # VPDiffusion, FlowMatching, Interpolant: one law; TwoSidedInterpolant: two
         *laws,             # (mean, cov) of the data, (D,) and (D, D) each; for two data sets that of x0, then that of x1
@@ -195,6 +206,7 @@ class GaussianFields:
         D = laws[0][0].numel()
         for m, C in laws:
             if m.shape != (D,) or C.shape != (D, D): raise ValueError(f"a law is a mean of shape (D,) and a covariance (D, D), the same D for all; got {tuple(m.shape)} and {tuple(C.shape)}")
+            if not torch.allclose(C, C.T) or torch.linalg.eigvalsh(C).min() < -1e-9: raise ValueError(f"a covariance is symmetric and has no negative eigenvalue; got {C.tolist()}")
         noise = torch.zeros(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
         self.process, (self.means, self.covs) = process, map(torch.stack, zip(*laws, noise))
 
@@ -205,34 +217,50 @@ class GaussianFields:
         c = torch.stack(self.process._factors(self.process.check_s(s)), -1)
         return c @ self.means, torch.einsum("...k,kij->...ij", c**2, self.covs)
 
-    def _pull(self, x, s):
-        "C⁻¹(x - m)."
-        m, C = self.moments(self.process.check_s(s, x))
-        return torch.linalg.solve(C, (x.double() - m)[..., None])[..., 0]
+# %% ../nbs/21_flow.ipynb #fdf95305
+@patch
+def score(self: GaussianFields,
+    x: Tensor,  # states, (B, D)
+    s,          # scalar of the process: number, or tensor of shape () or (B,)
+) -> Tensor:    # (B, D)
+    "∇log p_s(x). Raises `ValueError` for states of another dimension."
+    return -_pull(self, x, s).to(x.dtype)
 
-    def score(self, x: Tensor, s) -> Tensor:
-        "∇log p_s(x), (B, D)."
-        return -self._pull(x, s).to(x.dtype)
+@patch
+def eps(self: GaussianFields,
+    x: Tensor,  # states, (B, D)
+    s,          # scalar of the process: number, or tensor of shape () or (B,)
+) -> Tensor:    # (B, D)
+    "E[noise | x_s = x]. Raises `ValueError` for states of another dimension."
+    return -self.process.coefs(s, x)[-1] * self.score(x, s)
 
-    def eps(self, x: Tensor, s) -> Tensor:
-        "E[noise | x_s = x], (B, D)."
-        return -self.process.coefs(s, x)[-1] * self.score(x, s)
+@patch
+def velocity(self: GaussianFields,
+    x: Tensor,  # states, (B, D)
+    s,          # scalar of the process: number, or tensor of shape () or (B,)
+) -> Tensor:    # (B, D)
+    "E[dx_s/ds | x_s = x]. Raises `ValueError` for states of another dimension."
+    s = self.process.check_s(s, x)
+    c, rate = (torch.stack(f(s), -1) for f in (self.process._factors, self.process._factor_rates))
+    half_dC = torch.einsum("...k,kij->...ij", c * rate, self.covs)
+    return (rate @ self.means + torch.einsum("...ij,...j->...i", half_dC, _pull(self, x, s))).to(x.dtype)
 
-    def velocity(self, x: Tensor, s) -> Tensor:
-        "E[dx_s/ds | x_s = x], (B, D)."
-        s = self.process.check_s(s, x)
-        c, rate = (torch.stack(f(s), -1) for f in (self.process._factors, self.process._factor_rates))
-        half_dC = torch.einsum("...k,kij->...ij", c * rate, self.covs)
-        return (rate @ self.means + torch.einsum("...ij,...j->...i", half_dC, self._pull(x, s))).to(x.dtype)
+def _pull(fields, x, s):
+    "C⁻¹(x - m)."
+    m, C = fields.moments(fields.process.check_s(s, x))
+    if x.shape[-1] != m.shape[-1]: raise ValueError(f"states of this law are (B, {m.shape[-1]}); got {tuple(x.shape)}")
+    return torch.linalg.solve(C, (x.double() - m)[..., None])[..., 0]
 
-# %% ../nbs/21_flow.ipynb #a47741b9
+# %% ../nbs/21_flow.ipynb #08ec675d
 class FlowLoss:
     "Squared error of a velocity, denoiser or score. Raises `ValueError` for a prediction that the process does not have."
+    error: Callable[..., Tensor]   # below; declared for type checkers
+
     def __init__(self,
         process: Process,             # FlowMatching, Interpolant or TwoSidedInterpolant
         predicts: str = "velocity",   # "velocity" (the paper), "eps", "score" (weighted with the noise's variance), or one-sided "x1"
         antithetic: bool = False,     # average over noise and its negative: less variance, two evaluations
-        draw: str = "stratified",     # how times are drawn, see `draw_unit`
+        draw: str = "stratified",     # how times are drawn, see draw_unit
         groups: int | None = None,    # so many times in a batch, each shared by a group; None: a time for each sample
     ):
         two = isinstance(process, TwoSidedInterpolant)
@@ -248,14 +276,14 @@ class FlowLoss:
         generator: torch.Generator | None = None,  # for the times first, then for the noise
         s=None,                                    # times, () or (B,); drawn when not given
     ) -> tuple[Tensor, Tensor]:                    # the loss, (), and its per-sample values, (B,)
-        "Sets samples on the road and marks the model's answer. Raises `ValueError` when that has another shape."
+        "Sets samples on the road and marks the model's answer. Raises `ValueError` when that has another shape, or the batch is empty."
         first = x[0] if isinstance(x, (tuple, list)) else x
-        _floating(first)
+        _batch(first)
         s = draw_scalars(self, len(first), generator) if s is None else as_scalar(s, first)
         eps = randn_like(first, generator)
         signs = (1, -1) if self.antithetic else (1,)
         errors = [self.error(checked_answer(model, self.process.add_noise(x, sign * eps, s), s), x, sign * eps, s) for sign in signs]
-        per_sample = (sum(errors) / len(signs)).flatten(1).mean(1)
+        per_sample = (sum(errors) / len(signs)).reshape(len(first), -1).mean(1)
         return per_sample.mean(), per_sample
 
     def __repr__(self): return f"FlowLoss({self.process!r}, {self.predicts!r}, antithetic={self.antithetic}, draw={self.draw!r}, groups={self.groups})"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sample_streams', 'to_bytes', 'from_bytes', 'generate_samples', 'collect_samples', 'save_pngs', 'save_grid']
 
-# %% ../nbs/26_generate.ipynb #e6e58262
-import io, json, os, shutil, zipfile
+# %% ../nbs/26_generate.ipynb #8337e774
+import io, json, operator, os, shutil, zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,25 +15,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import atomic_write, output_folder, seeded
+from .core import atomic_write, image_grid, output_folder, seeded
 from .samplers import start_noise
 
-# %% ../nbs/26_generate.ipynb #e7822950
+# %% ../nbs/26_generate.ipynb #60aab8e2
 def sample_streams(
     seed: int,   # of the job, 0 to 4000
     indices,     # which samples: whole numbers, 0 to 1,000,002
 ) -> list:       # one torch.Generator per sample, on the CPU
-    "The random streams of the given samples of a job. Raises `ValueError` where streams of different jobs would coincide."
-    indices = [int(i) for i in indices]
+    "The random streams of the given samples of a job. Raises `ValueError` where streams of different jobs would coincide, `TypeError` for what is no whole number."
+    seed, indices = operator.index(seed), [operator.index(i) for i in indices]
     if not 0 <= seed <= 4000: raise ValueError(f"the seed of a sampling job must be from 0 to 4000, got {seed}")
     if indices and not 0 <= min(indices) <= max(indices) < 1_000_003: raise ValueError(f"a job has samples 0 to 1,000,002, got {min(indices)} to {max(indices)}")
     return [seeded(1_000_003 * seed + i) for i in indices]
 
-# %% ../nbs/26_generate.ipynb #a0ed918d
+# %% ../nbs/26_generate.ipynb #1a565152
 def to_bytes(
     x: Tensor,      # (N, C, H, W), pixels in [-1, 1]; values outside are clipped
 ) -> np.ndarray:    # (N, H, W, C) uint8
-    "Pixels as bytes: ((x + 1)·127.5), cut to 0…255 and truncated, as in guided-diffusion. Raises `ValueError` for NaN."
+    "Pixels as bytes: ((x + 1)·127.5), cut to 0…255 and truncated, as in guided-diffusion. Raises `TypeError` unless pixels are floating, `ValueError` for NaN or another shape."
+    if not x.is_floating_point(): raise TypeError(f"pixels in [-1, 1] are floating-point numbers, got {x.dtype}")
     if x.ndim != 4: raise ValueError(f"images are (N, C, H, W), got shape {tuple(x.shape)}")
     if bool(x.isnan().any()): raise ValueError("images contain NaN")
     return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -41,12 +42,12 @@ def to_bytes(
 def from_bytes(
     images,      # (N, H, W, C) uint8 array
 ) -> Tensor:     # (N, C, H, W) float32 in [-1, 1]
-    "Bytes as pixels in [-1, 1], the inverse of `to_bytes` up to the rounding of bytes."
+    "Bytes as pixels in [-1, 1], the inverse of `to_bytes` up to the rounding of bytes. Raises `ValueError` for another type or shape."
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8: raise ValueError(f"bytes of images are (N, H, W, C) uint8, got {images.dtype} of shape {images.shape}")
     return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-# %% ../nbs/26_generate.ipynb #3dc38ec6
+# %% ../nbs/26_generate.ipynb #e8a57433
 def generate_samples(
     sample: Callable,        # sample(x_start, streams) -> images like x_start, in [-1, 1]; streams: one generator per image
     n: int,                  # number of images, 1 to 1,000,003
@@ -59,8 +60,9 @@ def generate_samples(
     world: int = 1,          # processes that work on the job
     device="cpu",            # where `sample` wants its noise
     progress: bool = True,   # show a progress bar
-) -> Path:                   # the folder with the parts; `collect_samples` makes the file
-    "Samples this rank's share of what is missing. Raises `ValueError` when a job with other settings was begun at `out`."
+) -> Path:                   # the folder with the parts; collect_samples makes the file
+    "Samples this rank's share of what is missing. Raises `ValueError` when a job with other settings was begun at `out`, or `sample` returns another shape."
+    if not 0 <= rank < world: raise ValueError(f"rank must be from 0 to world - 1; got rank {rank} of {world}")
     parts = _open_job(out, n, shape, seed, batch_size, about)
     todo = [k for k in range(rank, -(-n // batch_size), world)]
     left = [k for k in todo if not (parts / f"done-{k:06d}").exists()]
@@ -69,6 +71,7 @@ def generate_samples(
             indices = range(k * batch_size, min(n, (k + 1) * batch_size))
             streams = sample_streams(seed, indices)
             x = sample(start_noise(len(streams), shape, streams).to(device), streams)
+            if x.shape != (len(streams), *shape): raise ValueError(f"sample must return {len(streams)} images of shape {tuple(shape)}; got {tuple(x.shape)}")
             _write_at(parts / "images.npy", n, indices.start, to_bytes(x))
             (parts / f"done-{k:06d}").touch()
             bar.update(batch_size)
@@ -108,7 +111,7 @@ def _write_at(array, n, start, images):
 
 # %% ../nbs/26_generate.ipynb #9b443d72
 def collect_samples(
-    out,         # the file that `generate_samples` was told to make
+    out,         # the file that generate_samples was told to make
 ) -> Path:       # the file
     "Makes the .npz of a finished job. Raises `ValueError` while batches are missing, `FileNotFoundError` when there is no job."
     out = Path(out); parts = out.parent / f"{out.name}.parts"
@@ -124,7 +127,7 @@ def collect_samples(
     shutil.rmtree(parts)
     return out
 
-# %% ../nbs/26_generate.ipynb #b984ab32
+# %% ../nbs/26_generate.ipynb #41bbe13a
 def save_pngs(
     images,        # (N, H, W, C) uint8, C is 1 or 3; may be memory-mapped
     folder,        # where 000000.png, 000001.png, … go; made if missing
@@ -144,6 +147,5 @@ def save_grid(
 ) -> Path:         # the file
     "Writes all images as one picture."
     from PIL import Image
-    from dpi_nbdev.core import image_grid
     with atomic_write(path) as tmp: Image.fromarray((image_grid(from_bytes(images), ncol) * 255).round().astype(np.uint8)).save(tmp)
     return Path(path)

@@ -15,7 +15,7 @@ from fastcore.meta import delegates
 from .samplers import Sampling
 from .solvers import rk_step, tableaux
 
-# %% ../nbs/24_likelihood.ipynb #5215546a
+# %% ../nbs/24_likelihood.ipynb #d0947be6
 @delegates(Sampling)
 @torch.no_grad()
 def invert(
@@ -26,7 +26,7 @@ def invert(
     *,
     method: str = "heun",       # "euler", "heun" or "rk4"
     **kwargs,
-) -> Tensor:                    # the noise that `sample_ode` turns into x_data, up to the error of the solver
+) -> Tensor:                    # the noise that sample_ode turns into x_data, up to the error of the solver
     "The flow followed from data to noise. Raises `ValueError` for bad settings and, naming the step, for a model that fails."
     run, pairs, velocity = _backwards("invert", model, process, x_data, steps, method, kwargs)
     x = x_data
@@ -36,15 +36,15 @@ def invert(
     return x
 
 def _backwards(name, model, process, x, steps, method, kwargs):
-    "A run over the steps in reverse order: the run, its (s, next s) behind a bar, and the velocity."
+    "A run over the steps in reverse order (`noisy` is where it ends), its (s, next s) behind a bar, and the velocity."
     if method not in tableaux: raise ValueError(f"method must be one of {', '.join(tableaux)}; got {method!r}")
     run = Sampling(model, process, x, steps, **kwargs)
     nodes = list(dict.fromkeys(run.steps + [run.end]))[::-1]     # none twice
-    run.steps, first = nodes[:-1], nodes[-1]
-    if not run.steps: raise ValueError(f"there is nowhere to go: the only step is {first}, where the data are; take more steps")
-    return run, run.pairs(name, last=first), lambda x, s: run.convert(x, run.ask(x, s), s, "velocity")
+    run.steps, run.noisy = nodes[:-1], nodes[-1]
+    if not run.steps: raise ValueError(f"there is nowhere to go: the only step is {run.noisy}, where the data are; take more steps")
+    return run, run.pairs(name, last=run.noisy), lambda x, s: run.convert(x, run.ask(x, s), s, "velocity")
 
-# %% ../nbs/24_likelihood.ipynb #3454d7d5
+# %% ../nbs/24_likelihood.ipynb #0949bca1
 @delegates(Sampling)
 def log_likelihood(
     model: Callable,            # model(x, s) -> prediction, shape of x, differentiable in x; s is one number, a tensor of shape ()
@@ -56,9 +56,11 @@ def log_likelihood(
     probes: int = 1,            # random vectors per sample for the divergence; one backward pass each
     **kwargs,
 ) -> Tensor:                    # log-density of each sample in nats, (B,)
-    "log p(x) through the flow, with Hutchinson's estimate of the divergence. Raises `ValueError` for bad settings and, naming the step, for a model that fails."
+    "log p(x) through the flow, with Hutchinson's estimate of the divergence. Raises `ValueError` for bad settings, a path that does not lead to pure noise and, naming the step, for a model that fails."
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 1: raise ValueError(f"probes must be a whole number, at least 1; got {probes!r}")
     run, pairs, velocity = _backwards("log_likelihood", model, process, x_data, steps, method, kwargs)
+    if run.noisy != process.noise_at or len(run.coefs(run.noisy)) != 2:
+        raise ValueError(f"a density needs a path that leads to pure noise, for a one-sided process at s = {process.noise_at}; got {process!r} and steps that begin at {run.noisy}")
     signs = [run.fresh(x_data).sign() for _ in range(probes)]
     def field(state, s):
         x = state[:, :-1].reshape(x_data.shape).requires_grad_()

@@ -44,12 +44,14 @@ def _noise_seed(seed, s):
     if s == int(s): return seed * 1_000_003 + int(s)
     return int(np.random.SeedSequence([seed, *struct.pack(">d", s)]).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/40_metrics.ipynb #65200b76
+# %% ../nbs/40_metrics.ipynb #2002c502
 def _examination(process, data, s, seeds, batch_size):
     "Images, scalars and seeds, checked before the work begins."
     if isinstance(data, (tuple, list)): raise TypeError(f"images are one tensor (N, ...), got {type(data).__name__}; the pairs of a two-sided interpolant have no error here")
     data, s, seeds = torch.as_tensor(data), _numbers_of(s), _numbers_of(seeds)
     if data.ndim < 2 or data.numel() == 0: raise ValueError(f"the error needs at least one image, (N, ...); got shape {tuple(data.shape)}")
+    if not data.is_floating_point(): raise TypeError(f"images must be floating, pixels in [-1, 1], got {data.dtype}: `from_bytes` makes them of bytes")
+    if not bool(data.isfinite().all()): raise ValueError("the images contain NaN or infinity")
     for v in s: process.check_s(v)
     if not s or not seeds or not all(isinstance(v, int) and v >= 0 for v in seeds):
         raise ValueError(f"the error needs a list of scalars and a list of seeds, whole numbers from 0; got {s} and {seeds}")
@@ -73,7 +75,7 @@ def _in_eval_mode(model):
     finally:
         for m in training: m.training = True
 
-# %% ../nbs/40_metrics.ipynb #047a1b07
+# %% ../nbs/40_metrics.ipynb #58a6b2f2
 def eps_mse(
     model: Callable,                # model(x, s) -> predicted noise
     process: Process,               # how images are noised
@@ -84,7 +86,7 @@ def eps_mse(
     desc: str = "ε-MSE",            # its label
     batch_size: int | None = None,  # images that go through the model at once; all if None
 ) -> Tensor:                        # (seeds, n) float64: mean over images and pixels
-    "The error of the predicted noise by scalar and seed, on the same noise for every model. Raises `ValueError` for no images, a scalar out of range, or an answer that is none."
+    "The error of the predicted noise by scalar and seed, on the same noise for every model. Raises `ValueError` for no images, NaN in them, a scalar out of range, or an answer that is none; `TypeError` for images that are bytes."
     return _errors(model, process, x0, t, seeds, "eps", batch_size, progress, desc)
 
 def velocity_mse(
@@ -100,20 +102,20 @@ def velocity_mse(
     "The error of the predicted velocity, with the conventions of `eps_mse` and at equal seed and scalar the same noise. Raises `ValueError` as it does."
     return _errors(model, process, x1, s, seeds, "velocity", batch_size, progress, desc)
 
-# %% ../nbs/40_metrics.ipynb #7bdda64d
+# %% ../nbs/40_metrics.ipynb #53748bbf
 def midpoints(
     T: int | Process,  # steps of the schedule, or the process itself
     n: int,            # how many to take, at least 1 (and at most T where there are T steps)
 ) -> list:             # n scalars, ascending: the middle of each of n equal slices of the range
     "Scalars that stand for the whole range, for `eps_mse` and `velocity_mse`. Raises `ValueError` for too few or too many."
     steps = T if isinstance(T, int) else getattr(T, "T", None)
-    if n < 1 or (steps is not None and n > steps): raise ValueError(f"n must be {f'from 1 to {steps}' if steps else 'at least 1'}, got {n}")
+    if not isinstance(n, int) or n < 1 or (steps is not None and n > steps): raise ValueError(f"n must be a whole number, {f'from 1 to {steps}' if steps else 'at least 1'}; got {n}")
     if steps is not None: return [int((k + 0.5) * steps / n) for k in range(n)]
     return [T.s_min + (k + 0.5) / n * (T.s_max - T.s_min) for k in range(n)]
 
 # %% ../nbs/40_metrics.ipynb #335563f7
 def noise_scaled(
-    errors,            # (..., n) noise errors, such as those of `eps_mse`
+    errors,            # (..., n) noise errors, such as those of eps_mse
     process: Process,  # what they were measured on
     t: list,           # the n scalars
 ) -> Tensor:           # (..., n) float64: squared error of the denoised image
@@ -248,14 +250,16 @@ def _blocks(x, block):
     "Slices of rows, and the rows."
     return [(slice(i, i + block), x[i:i + block]) for i in range(0, len(x), block)]
 
-# %% ../nbs/40_metrics.ipynb #37bf3296
+# %% ../nbs/40_metrics.ipynb #6c9f376a
 def inception_score(
     logits,                     # (N, K) a classifier's answers about the samples, before the softmax
     splits_of: int = 5000,      # samples in a split, at least 2; the last may be shorter
 ) -> tuple[float, float]:       # mean and standard deviation over splits; the latter 0 if there is only one
-    "Sharp answers, many classes: exp of the mean KL divergence from p(y|x) to p(y). Raises `ValueError` or `TypeError` for logits that are none."
+    "Sharp answers, many classes: exp of the mean KL divergence from p(y|x) to p(y). Warns when the last split is less than half a split; raises `ValueError` or `TypeError` for logits that are none."
     logits = _features(logits, "logits")
     if not isinstance(splits_of, int) or splits_of < 2: raise ValueError(f"splits_of must be a whole number of samples, at least 2; got {splits_of!r}")
+    if 0 < (rest := len(logits) % splits_of) < splits_of / 2 and len(logits) > splits_of:
+        warnings.warn(f"the last split of the inception score has only {rest} samples and counts as much as the others, of {splits_of}: it lowers the mean; take a multiple of {splits_of}", stacklevel=2)
     scores = []
     for part in logits.split(splits_of):
         log_p = part.double().log_softmax(1)
@@ -279,7 +283,7 @@ def bootstrap(
     level: float = 0.95,   # of the confidence interval, in (0, 1)
     seed: int = 0,         # of the resampling
     progress: bool = True, # show a progress bar
-):                         # an `Estimate`; for a tuple of numbers a tuple of them
+):                         # an Estimate; for a tuple of numbers a tuple of them
     "Standard error by random halves. Raises `ValueError` for sets too small to be halved, and whatever the metric raises."
     small = [len(x) for x in sets if not isinstance(x, (tuple, list)) and len(x) < 4]
     if small or n < 2 or not 0 < level < 1: raise ValueError(f"bootstrap needs sets of at least 4 rows, n at least 2 and level in (0, 1); got {small or 'enough'} rows, n={n}, level={level}")

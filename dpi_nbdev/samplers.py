@@ -7,6 +7,7 @@ __all__ = ['GaussianMixture', 'timesteps', 'noise_streams', 'start_noise', 'Samp
            'random_walk']
 
 # %% ../nbs/22_samplers.ipynb #4e4167f9
+from typing import Any
 import math
 from collections.abc import Callable
 
@@ -19,14 +20,16 @@ from tqdm import tqdm
 from .core import randn_like
 from .dpi import DPI, interpolate
 
-# %% ../nbs/22_samplers.ipynb #523e84d8
+# %% ../nbs/22_samplers.ipynb #8d4bcce8
 class GaussianMixture:
-    "Data with a known law, Σ wₖ N(mₖ, Cₖ) on the last axis, and the answers of a perfect model about it. Raises `ValueError` for shapes that do not fit."
+    "Data with a known law, Σ wₖ N(mₖ, Cₖ) on the last axis, and the answers of a perfect model about it. Raises `ValueError` for what is no mixture."
+    answers: Callable[..., Any]; sample: Callable[..., Tensor]   # below; declared for type checkers
+
     def __init__(self,
         process,         # one-sided: VPDiffusion, FlowMatching, …
         means,           # (K, D)
         covs,            # (K, D, D), symmetric, no negative eigenvalue; 0 is a point mass
-        weights=None,    # (K,) positive; equal if None
+        weights=None,    # (K,) not negative, need not add to 1; equal if None
         kind=None,       # what calling it answers: "eps", "score", "velocity", "v" or the data, "x0" or "x1"; the process's own if None
     ):
         self.process, self.kind = process, process.predicts if kind is None else kind
@@ -37,25 +40,29 @@ class GaussianMixture:
             raise ValueError(f"a mixture has means (K, D), covs (K, D, D) and weights (K,); got {tuple(self.means.shape)}, {tuple(self.covs.shape)} and {tuple(self.weights.shape)}")
         self.weights = self.weights.double() / self.weights.sum()
         self.spread, self.axes = torch.linalg.eigh(self.covs)      # (K, D), (K, D, D)
+        tiny = 1e-6 * self.covs.abs().max()
+        if not torch.allclose(self.covs, self.covs.mT, atol=tiny) or self.spread.min() < -tiny: raise ValueError(f"covs must be symmetric and without negative eigenvalues; got {self.covs.tolist()}")
+        if not bool((self.weights >= 0).all()): raise ValueError(f"weights must not be negative, and one of them must be positive; got {weights}")
+        kinds = ("eps", "score", "velocity", "v", process.data)
+        if self.kind not in kinds: raise ValueError(f"kind must be one of {', '.join(map(repr, kinds))}; got {self.kind!r}")
         self.spread = self.spread.clamp(min=0)
 
     def __call__(self, x, s):
-        "The perfect prediction of `kind`, like x."
+        "The perfect prediction of `kind`, like x, for x (..., D) at one s."
         _, data, score = self.answers(x, s)
         a, b = _numbers(self.process.coefs, s)
         if self.kind == "velocity":
             da, db = _numbers(self.process.rates, s)
             y = da * data - db * b * score
         elif self.kind == "v": y = -a * b * score - b * data
-        elif self.kind in ("eps", "score"): y = score if self.kind == "score" else -b * score
-        elif self.kind == self.process.data: y = data
-        else: raise ValueError(f"kind must be 'eps', 'score', 'velocity', 'v' or {self.process.data!r}; got {self.kind!r}")
+        else: y = dict(eps=-b * score, score=score).get(self.kind, data)
         return y.to(x.dtype)
 
-# %% ../nbs/22_samplers.ipynb #e3d669c8
+# %% ../nbs/22_samplers.ipynb #89421c18
 @patch
 def answers(self: GaussianMixture, x, s):
-    "log p_s(x), the data's and the score's expectation, given x (..., D) at one s; all in float64."
+    "log p_s(x), the data's and the score's expectation, given x (..., D) at one s; all in float64. Raises `ValueError` for another last axis."
+    if x.shape[-1:] != self.means.shape[1:]: raise ValueError(f"x must be (..., {self.means.shape[1]}), as the means are; got {tuple(x.shape)}")
     a, b = _numbers(self.process.coefs, s)
     off = torch.einsum("kde,...kd->...ke", self.axes, x.double()[..., None, :] - a * self.means)   # (..., K, D), along the axes
     var = a**2 * self.spread + b**2
@@ -128,7 +135,7 @@ def noise_streams(
 def start_noise(
     n: int,                                    # number of samples
     shape: tuple,                              # of one sample, such as (3, 64, 64)
-    generator=None,                            # as in `noise_streams`
+    generator=None,                            # as in noise_streams
 ) -> Tensor:                                   # (n, *shape) float32
     "Standard normal noise to start from; sample i is the same in one batch of 64 as in 64 batches of one."
     return noise_streams(n, generator)(torch.empty(n, *shape))
@@ -139,12 +146,12 @@ class Sampling:
     def __init__(self,
         model: Callable,               # model(x, s) -> prediction, shape of x; s is one number, a tensor of shape ()
         process,                       # VPDiffusion, FlowMatching, …: what the model was trained on
-        x_start: Tensor,               # the state at the first step, (B, ...): standard normal noise, see `start_noise`
-        steps: int | None = None,      # model calls, see `timesteps`; the paper takes 200
+        x_start: Tensor,               # the state at the first step, (B, ...): standard normal noise, see start_noise
+        steps: int | None = None,      # model calls, see timesteps; the paper takes 200
         *,
-        spacing="trailing",            # which steps, a name or the list, see `timesteps`
+        spacing="trailing",            # which steps, a name or the list, see timesteps
         predicts: str | None = None,   # what the model answers, such as "eps", "v", "velocity"; `process.predicts` if None
-        generator=None,                # for fresh noise, one stream per sample, see `noise_streams`
+        generator=None,                # for fresh noise, one stream per sample, see noise_streams
         batch_size: int | None = None, # samples that go through the model at once; all if None
         progress: bool = True,         # show a progress bar
         callback: Callable | None = None,  # callback(s, x) is told of the start and of every state that follows

@@ -77,7 +77,7 @@ def _dopri5(f, x, s, end, tol, run):
     run.show(end, x)
     return x
 
-# %% ../nbs/23_solvers.ipynb #7128c8a1
+# %% ../nbs/23_solvers.ipynb #0f8e51be
 @delegates(Sampling)
 @torch.no_grad()
 def sample_sde(
@@ -99,6 +99,7 @@ def sample_sde(
         y, h, epsilon = run.ask(x, s), abs(then - s), _diffusion(diffusion, run, s)
         drift = forward * run.convert(x, y, s, "velocity")
         if epsilon > 0:
+            if second: second.where = f"{run.where}, noise_model"
             score = second.convert(x, second.ask(x, s), s, "score") if second else run.convert(x, y, s, "score")
             drift = drift + epsilon * score
         x = x + h * drift
@@ -110,7 +111,7 @@ def sample_sde(
 def reverse_diffusion(
     process,         # VPDiffusion, or another with a(s) > 0 where it is asked
 ) -> Callable:       # ε(s), a function of one number
-    "The ε with which `sample_sde` is the process's own noising SDE run backwards, |b b' - b² a'/a|; β/2 for VP. Infinite, hence an error, where there is no signal."
+    "The ε with which `sample_sde` is the process's own noising SDE run backwards, `|b b' - b² a'/a|`; β/2 for VP. Infinite, hence an error, where there is no signal."
     def epsilon(s):
         (a, b), (da, db) = ([float(c) for c in f(s, torch.zeros(1, dtype=torch.float64))] for f in (process.coefs, process.rates))
         if a == 0: raise ValueError(f"at s = {s:.6g} there is no signal, and the reverse SDE's noise is infinite; begin later, or take another diffusion")

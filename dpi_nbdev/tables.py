@@ -6,7 +6,7 @@
 __all__ = ['study_rows', 'step_times', 'reference_row', 'study_jobs', 'run_job', 'run_study', 'collect_study', 'Study',
            'mean_and_error']
 
-# %% ../nbs/52_tables.ipynb #81f7800b
+# %% ../nbs/52_tables.ipynb #c126fbe0
 import json, multiprocessing, statistics
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -27,25 +27,30 @@ from .metrics import eps_mse, frechet_distance, midpoints, precision_recall, vel
 from .samplers import start_noise
 from .training import Run, train
 
-# %% ../nbs/52_tables.ipynb #10521492
+# %% ../nbs/52_tables.ipynb #22651381
 def study_rows(
-    data: str = "digits",  # "digits": 8×8, every run of the paper and more; "photos": 32×32 patches, DRUNet and diffusion
-    steps: int = 700,      # optimiser steps of a DRUNet; an ADM has 5/7 of them, with half the batch
+    data: str = "digits",  # "digits": 8×8, every run of the paper and more; "photos": 32×32 patches, most of them
+    steps: int = 700,      # optimiser steps of a DRUNet; an ADM has 5/7 of them, with smaller batches
 ) -> dict:                 # name -> Experiment, seed 0
     "The runs behind the small tables. Raises `ValueError` for data that have none."
     small = {k.removesuffix("-small"): e for k, e in paper_experiments().items() if k.endswith("-small")}
-    def row(name, net={}, batch_size=64, phi_lr=1e-2, **kw):
+    def row(name, net={}, batch_size=None, phi_lr=1e-2, **kw):
         e, adm = small[name], name.startswith("adm")
-        training = replace(e.training, steps=steps * 5 // 7 if adm else steps, batch_size=32 if adm else batch_size, phi_lr=phi_lr, ema=0.99)
+        training = replace(e.training, steps=steps * 5 // 7 if adm else steps, batch_size=batch_size or (32 if adm else 64), phi_lr=phi_lr, ema=0.99)
         return replace(e, net=e.net | net, training=training, **kw)
     if data == "digits":
         t_map, dpi = "drunet-t-map-vp", "drunet-dpi-vp"
         return {k: row(k) for k in small} | {
             "drunet-t-map-wide-vp": row(t_map, dict(widths=(34, 90, 181))), "drunet-dpi-slim-vp": row(dpi, dict(widths=(17, 45, 90))),
-            "drunet-dpi-fresh-vp": row(dpi, dict(init="fresh")), "drunet-dpi-phi-slow-vp": row(dpi, phi_lr=1e-3), "drunet-dpi-phi-fast-vp": row(dpi, phi_lr=1e-1)}
+            "drunet-dpi-fresh-vp": row(dpi, dict(init="fresh")), "drunet-dpi-phi-slow-vp": row(dpi, phi_lr=1e-3), "drunet-dpi-phi-fast-vp": row(dpi, phi_lr=1e-1),
+            "drunet-dpi-one-s-vp": row(dpi, groups=1), "drunet-dpi-two-s-vp": row(dpi, groups=2), "adm-dpi-one-s-vp": row("adm-dpi-vp", groups=1)}
     if data == "photos":
-        photo = lambda name, widths=(16, 32, 64): row(name, dict(widths=widths, n_blocks=1), batch_size=32, data="photos", size=32, n_held_out=200)
-        return {f"drunet-{k}-vp": photo(f"drunet-{k}-vp") for k in ("ncsnv2", "sigma-map", "t-map", "dpi")} | {"drunet-t-map-wide-vp": photo("drunet-t-map-vp", (23, 45, 90))}
+        photo = lambda name, batch_size, net, **kw: row(name, net, batch_size, data="photos", size=32, n_held_out=200, **kw)
+        drunet = lambda name, widths=(16, 32, 64), **kw: photo(name, 32, dict(widths=widths, n_blocks=1), **kw)
+        adm = lambda name: photo(name, 8, dict(multipliers=(1, 1, 2), attention_at=(8,), image_size=32))
+        ways = [f"drunet-{k}-vp" for k in ("ncsnv2", "sigma-map", "t-map", "dpi", "dpi-linear")] + [f"drunet-{k}-flow" for k in ("t-map", "dpi", "dpi-linear")]
+        return {k: drunet(k) for k in ways} | {f"adm-{k}-vp": adm(f"adm-{k}-vp") for k in ("t-map", "mlp", "dpi")} | {
+            "drunet-t-map-wide-vp": drunet("drunet-t-map-vp", (23, 45, 90)), "drunet-dpi-one-s-vp": drunet("drunet-dpi-vp", groups=1)}
     raise ValueError(f'there are small tables for "digits" and "photos", not for {data!r}')
 
 # %% ../nbs/52_tables.ipynb #d1106f14
@@ -69,35 +74,36 @@ def reference_row(
     backbone, *_, process = name.split("-")
     return f"{backbone}-dpi-{process}"
 
-# %% ../nbs/52_tables.ipynb #8adf567e
+# %% ../nbs/52_tables.ipynb #6493a794
 def study_jobs(
     rows: dict,         # name -> Experiment
-    times: dict,        # name -> seconds of a training step, from `step_times`
+    times: dict,        # name -> seconds of a training step, from step_times
     seeds: int = 3,     # how many
 ) -> dict:              # (row, budget, seed) -> Experiment; budget: "steps" or "time"
-    "Every row at equal steps, and rivals again with as many steps as fit into DPI's time; seed by seed."
+    "Every row at equal steps, and again with as many steps as fit into DPI's time where that is another number; seed by seed."
     jobs = {}
     for seed in range(seeds):
         for name, e in rows.items():
             e, factor = replace(e, training=replace(e.training, seed=seed)), times[reference_row(name)] / times[name]
             jobs[name, "steps", seed] = e
-            if "-dpi" not in name and abs(factor - 1) > 0.08:
+            if abs(factor - 1) > 1/8:
                 jobs[name, "time", seed] = replace(e, training=replace(e.training, steps=round(e.training.steps * factor)))
     return jobs
 
-# %% ../nbs/52_tables.ipynb #327bccba
+# %% ../nbs/52_tables.ipynb #b28ded60
 def run_job(
     e: Experiment,
     n_samples: int = 500,   # images to sample, in 50 steps of the experiment's sampler; 0: none
     levels: int = 25,       # slices of the schedule
     noise_seeds: int = 4,   # draws of noise at each
 ) -> tuple:                 # numbers as a dictionary; samples (n, H, W, C) uint8, or None; the trained model
-    "Trains, measures the held-out error by noise level, samples. Raises what `train` raises."
+    "Trains, measures the held-out error on the way and by noise level, samples. Raises what `train` raises."
     data, process = e.make_data(), e.make_process()
     shape, s = tuple(data.train.shape[1:]), midpoints(process, levels)
-    trained = train(e.make_model(shape[0]), e.make_objective(), data.train, e.training, progress=False)
+    watched = torch.cat([data.held_out[:]] * noise_seeds)
+    trained = train(e.make_model(shape[0]), e.make_objective(), data.train, e.training, held_out=watched, check_every=max(1, e.training.steps // 8), progress=False)
     model, error = trained.model, eps_mse if e.process == "vp" else velocity_mse
-    numbers = dict(steps=e.training.steps, parameters=sum(p.numel() for p in model.parameters()), seconds=trained.seconds,
+    numbers = dict(steps=e.training.steps, parameters=sum(p.numel() for p in model.parameters()), seconds=trained.seconds, curve=trained.held_out,
                    errors=error(model, process, data.held_out, s, range(noise_seeds), progress=False).mean(0).tolist())
     if isinstance(model, DPI):
         with torch.no_grad(): numbers["lambda"] = model.lam(torch.linspace(process.s_min, process.s_max, 41)).tolist()
@@ -107,9 +113,9 @@ def run_job(
         images.append(to_bytes(e.sample(model, start_noise(len(streams), shape, streams), streams, steps=50, progress=False)))
     return numbers, np.concatenate(images) if images else None, model
 
-# %% ../nbs/52_tables.ipynb #a46900dd
+# %% ../nbs/52_tables.ipynb #7f546dcf
 def run_study(
-    data: str = "digits",   # see `study_rows`
+    data: str = "digits",   # see study_rows
     out="runs/tables",      # a folder; what is done there is not done again
     seeds: int = 3,         # of initial weights, batches, noise
     steps: int = 700,       # of a DRUNet at equal steps
@@ -144,7 +150,7 @@ def _do_job(job):
         with atomic_write(_job_file(out, job, "npz")) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, arr_0=samples)
     with atomic_write(_job_file(out, job)) as tmp: tmp.write_text(json.dumps(numbers))
 
-# %% ../nbs/52_tables.ipynb #4a584af8
+# %% ../nbs/52_tables.ipynb #27d359c1
 def _study_facts(out, settings, rows):
     "What stands in study.json: settings, machine, step times; made, or completed with the times of new rows."
     path = out / "study.json"
@@ -154,15 +160,17 @@ def _study_facts(out, settings, rows):
     if missing := rows.keys() - facts["times"].keys():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        try: facts["times"] |= step_times({k: e for k, e in rows.items() if k in missing or k == reference_row(k)})
+        try: now = step_times({k: e for k, e in rows.items() if k in missing or k in map(reference_row, missing)})
         finally: torch.set_num_threads(threads)
+        then = now | facts["times"]
+        facts["times"] |= {k: now[k] * then[reference_row(k)] / now[reference_row(k)] for k in missing}
         facts |= dict(machine=machine_name(), environment=environment())
         with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
 
-# %% ../nbs/52_tables.ipynb #582668ad
+# %% ../nbs/52_tables.ipynb #f6977a2b
 def collect_study(
-    out,            # the folder of `run_study`
+    out,            # the folder of run_study
     path=None,      # the JSON file to write; tables.json in the folder if not given
 ) -> Path:          # the file
     "Judges the samples of all finished runs and writes every number into one file. Raises `FileNotFoundError` if there are none."
@@ -195,12 +203,12 @@ def _rounded(v):
     if isinstance(v, list): return [_rounded(w) for w in v]
     return float(f"{v:.6g}") if isinstance(v, float) else v
 
-# %% ../nbs/52_tables.ipynb #854083ea
+# %% ../nbs/52_tables.ipynb #edc4ef81
 class Study:
     "A stored study. Raises `FileNotFoundError` if the file is not there."
     def __init__(
         self,
-        path,  # a file that `collect_study` wrote
+        path,  # a file that collect_study wrote
     ):
         if not Path(path).is_file(): raise FileNotFoundError(f"there is no {str(path)!r}; collect_study makes it from the folder of run_study")
         self.facts = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -211,10 +219,10 @@ class Study:
         row: str,                # such as "drunet-dpi-vp"
         budget: str = "steps",   # "steps" or "time"
     ) -> list:                   # the row's runs, seed by seed
-        "The runs of a row."
-        seeds = sorted({seed for r, _, seed in self.runs if r == row})
-        if not seeds: raise ValueError(f"the study has no row {row!r}; it has {', '.join(self.rows)}")
-        return [self.runs.get((row, budget, seed)) or self.runs[row, "steps", seed] for seed in seeds]
+        "The runs of a row. Raises `ValueError` if it has none."
+        of = lambda budget: [run for (r, b, _), run in sorted(self.runs.items()) if (r, b) == (row, budget)]
+        if found := of(budget) or of("steps"): return found
+        raise ValueError(f"the study has no row {row!r}; it has {', '.join(self.rows)}")
 
     def values(self,
         row: str, what: str = "error",  # what: "error" (mean over levels), "parameters", "steps", or one of the samples' numbers
@@ -227,11 +235,11 @@ class Study:
     def lead(self,
         row: str, rival: str, what: str = "error", budget: str = "steps",
     ) -> tuple:                         # mean and standard error over the seeds that both have, in units of the rival's mean
-        "How much lower `row` is than `rival`, paired by seed."
-        a, b = self.values(row, what, budget), self.values(rival, what, budget)
-        n = min(len(a), len(b))
-        gain = (b[:n] - a[:n]) / b[:n].mean()
-        return mean_and_error(gain)
+        "How much lower `row` is than `rival`, paired by seed. Raises `ValueError` if they have no seed in common."
+        a, b = ({r["seed"]: v for r, v in zip(self.of(k, budget), self.values(k, what, budget))} for k in (row, rival))
+        if not (both := sorted(a.keys() & b.keys())): raise ValueError(f"{row!r} and {rival!r} have no seed in common")
+        a, b = (torch.stack([v[seed] for seed in both]) for v in (a, b))
+        return mean_and_error((b - a) / b.mean())
 
 def mean_and_error(
     values: Tensor,  # (n,)

@@ -27,7 +27,7 @@ from .dpi import param_groups
 from .draws import draw_unit
 from .monotone import MonotoneLambda
 
-# %% ../nbs/31_training.ipynb #46dc0d8f
+# %% ../nbs/31_training.ipynb #d89c83ce
 @dataclass(frozen=True)
 class TrainSettings:
     "What decides the outcome of a training run. Raises `ValueError` for values that make no sense."
@@ -42,7 +42,7 @@ class TrainSettings:
     clip: float = 1.0           # largest gradient norm; inf for no limit
     accumulate: int = 1         # parts in which a rank's share of the batch is computed, to save memory
     precision: str = "fp32"     # of the forward pass: "fp32", "bf16" or "fp16"
-    compile: bool = False       # compile the model with torch.compile
+    compile: bool = False       # hand the model to torch.compile; for DPI this helps when one scalar goes with each part of the batch
     flip: bool = False          # mirror each image with probability 1/2
     seed: int = 0               # decides order, scalars, noise and dropout
 
@@ -377,10 +377,10 @@ class Trained:
     seconds: float    # wall-clock time of the loop, over all resumptions
     held_out: list = field(default_factory=list)  # (step, held-out loss) for each time it was measured
 
-# %% ../nbs/31_training.ipynb #efb798b3
+# %% ../nbs/31_training.ipynb #7d4f4f59
 def train(
     model: nn.Module,             # model(x, s); trained in place, on the kind of device where it is
-    objective: Callable,          # objective(model, x, generator) -> loss (), per-sample values (B,): `DiffusionLoss`, `FlowLoss`, …
+    objective: Callable,          # objective(model, x, generator) -> loss (), per-sample values (B,): DiffusionLoss, FlowLoss, …
     data,                         # (N, C, H, W) in [-1, 1]: a tensor, or anything with a length, a shape and `data[LongTensor]`
     settings: TrainSettings = TrainSettings(),
     out=None,                     # folder for checkpoints and log; a run found there is continued. None: no files
@@ -393,8 +393,9 @@ def train(
     progress: bool = True,        # show a progress bar with the loss
     desc: str = "training",       # its label
 ) -> Trained:
-    "Minimises an objective. Raises `FloatingPointError`, naming the step, when the loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds another run."
+    "Minimises an objective. Raises `FloatingPointError`, naming the step, when the loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds another run or `held_out` nothing."
     every = dict(log=_whole("log_every", log_every), check=_whole("check_every", check_every), save=_whole("save_every", save_every))
+    if held_out is not None and not len(held_out): raise ValueError("held_out holds no images; None says that no held-out loss is wanted")
     store = None if out is None else Checkpoints(Path(output_folder(out))/"checkpoints", keep)
     run = Run(model, objective, data, settings)
     if store: run.resume(store)

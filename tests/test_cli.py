@@ -1,6 +1,7 @@
 """The commands as a user meets them: a run trained, stopped, killed, continued, sampled by one rank and by two."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 BIN = Path(sys.executable).parent
 TINY = ("drunet-dpi-vp-small", "--batch-size", 16, "--watch-every", 40, "--save-every", 10)
@@ -111,15 +113,45 @@ def test_an_experiment_in_a_file_and_a_dry_run(tmp_path):
     (("dpi_train", "drunet-dpi-flow-small", "--sampler", "ddim"), "is for vp, not for flow"),
     (("dpi_train", "bad.yaml"), "has no field netto"),
     (("dpi_sample", "empty"), "is not the folder of a run"),
+    (("dpi_train", "twice.yaml"), "'twice.yaml': size is given twice"),
+    (("dpi_train", "binary.yaml"), "'binary.yaml': "),
+    (("dpi_train", "drunet-dpi-vp", "--size", "0"), "size must be a whole number, at least 1"),
+    (("dpi_train", "drunet-dpi-vp", "--data", "pictures", "--size", "16", "--n-held-out", "2"), "of 1 image one must be left"),
+    (("dpi_train", "drunet-dpi-vp", "--data", "pictures", "--size", "16", "--n-held-out", "0", "--out", "pictures/run"), "lies among the images"),
     (("dpi_cost", "vgg"), "must be"),
+    (("dpi_cost", "drunet", "--batch", "0"), "at least 1"),
+    (("dpi_data", "pictures", "bad.yaml/x.npy", "--size", "16"), "bad.yaml' is a file"),
+    (("dpi_data", "pictures", "x.npy", "--size", "16", "--workers", "0"), "workers must be"),
     (("dpi_data", "nowhere", "x.npy"), "nowhere"),
 ])
 def test_bad_input_gets_one_sentence(tmp_path, args, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.yaml").write_text("netto: 1\n")
+    (tmp_path / "twice.yaml").write_text("size: 8\nsize: 16\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "pictures" / "only.png")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
     done = call(*args, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert message in done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_a_disk_that_refuses_ends_with_a_sentence_and_can_be_mended(trained, tmp_path):
+    command = ("dpi_train", *TINY, "--steps", 40, "--out", tmp_path / "run")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # every larger file fails with EFBIG
+    done = call(*command, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no checkpoint at step 40" in done.stderr and "the trained model was not written" in done.stderr
+    assert call(*command).returncode == 0 and weights(tmp_path / "run") == weights(trained)
+
+
+def test_a_constant_rate_lets_a_run_be_made_longer(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: digits\nsize: 8\nn_held_out: 0\nnet: {widths: [4, 8], n_blocks: 1}\ntraining: {steps: 4, batch_size: 8, schedule: constant, warmup: 0}\n")
+    for steps, status, said in ((4, 0, "no held-out images"), (6, 0, "6 steps"), (5, 1, "steps was 6 and is 5")):
+        done = call("dpi_train", "mine.yaml", "--steps", steps, cwd=tmp_path)
+        assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", ["dpi_demo", "dpi_data", "dpi_train", "dpi_sample", "dpi_evaluate", "dpi_tables", "dpi_cost"])

@@ -176,6 +176,15 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(tmp_path, monkeypatch):
     assert 0 < len(made) < 20 and np.load(tmp_path / "x.npy").shape[0] == 160
 
 
+def test_no_room_for_the_array_is_said(tmp_path, monkeypatch):
+    make_folder(tmp_path / "src", 20, {})
+    def full(*_): raise OSError(errno.EFBIG, "File too large")
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    with pytest.raises(OSError, match=r"x.npy.partial' of 15,360 bytes cannot be made \(File too large\)"):
+        convert_images(tmp_path / "src", tmp_path / "x.npy", size=16, workers=1, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
 def test_a_file_repaired_between_two_runs_is_converted_again_and_nothing_else(tmp_path, monkeypatch):
     make_folder(tmp_path / "src", broken={100: None})
     with pytest.raises(ImageError, match="1 of 160 images .* '02/0100.png' cannot be decoded"):

@@ -277,7 +277,7 @@ def test_a_large_file_is_never_in_memory_whole(tmp_path):
     (("samples.npz", *PIXELS, "--out", "text.npz/results.json"), "the output folder 'text.npz' is a file"),
     (("samples.npz", "--make-reference", "ref.npz", "--features", "pixels"), "'ref.npz' exists already"),
     (("samples.npz", "--make-reference", "new.npy", "--features", "pixels"), "is an .npz file"),
-    (("samples.npz", "--make-reference", "new.npz", "--features", "pixels", "--n-images", 1), "n_images must be at least 2"),
+    (("samples.npz", "--make-reference", "new.npz", "--features", "pixels", "--n-images", 1), "n_images must be a whole number, at least 2; got 1"),
     (("samples.npz", "--make-reference", "new.npz", "--features", "pixels", "--size", 16), "holds images of 8×8, not of 16×16"),
     (("statistics.npz", "--make-reference", "new.npz", "--features", "pixels"), "holds statistics but no images"),
     (("nowhere", "--make-reference", "new.npz", "--features", "pixels"), "there are no images at 'nowhere'"),

@@ -1,5 +1,6 @@
-"""Extractors: the Inception network against one written from its names alone, files that must not pass, streaming, and the digit network in other processes."""
+"""Extractors: the Inception network against torch-fidelity's and against one written from its names alone, files that must not pass, streaming, and the digit network in other processes."""
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from independent import ANSWERS, SIZES, image, shown, weights as formula_weights
 
 from dpi_nbdev import features
 from dpi_nbdev.features import DigitFeatures, Features, Inception, InceptionV3, PhotoFeatures, PixelFeatures, extract, resize_tf1
@@ -146,6 +148,32 @@ def test_inception_agrees_with_the_reference(weights):
     for name, a, b, width in zip(out._fields, out, expected, (2048, 2023, 1008)):
         assert a.shape == (1, width) and b.std() > 0.1, name
         assert (a - b).abs().max() < 2e-4 * b.abs().max(), name
+
+
+def furthest(net, images, answers):
+    "By kind of feature: the largest difference to torch-fidelity's answers, relative to the largest of them."
+    with torch.no_grad():
+        out = net((images - 128) / 128)
+    return {k: ((shown(v[0]) - (want := torch.tensor(answers[k]))).abs().max() / want.abs().max()).item() for k, v in out._asdict().items()}
+
+
+def test_inception_agrees_with_torch_fidelity():
+    "Weights and images made by a formula; the answers are torch-fidelity's, stored. Every mistake that evaluations have made before shows."
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))["answers"]
+    net = InceptionV3().eval()
+    net.load_state_dict(formula_weights(published_shapes()))
+    for size in SIZES:
+        gaps = furthest(net, resize_tf1(image(*size).float(), 299), answers["{}×{}".format(*size)])
+        assert max(gaps.values()) < 2e-5, (size, gaps)
+    want = answers["32×32"]
+    half_pixel = F.interpolate(image(32, 32).float(), size=(299, 299), mode="bilinear", align_corners=False)
+    assert min(furthest(net, half_pixel, want).values()) > 1e-3
+    images = resize_tf1(image(32, 32).float(), 299)
+    net.Mixed_7c.pool, right = net.Mixed_7b.pool, net.Mixed_7c.pool                               # the average in the last block, as in the paper
+    assert furthest(net, images, want)["pool"] > 1e-3
+    net.Mixed_7c.pool = right
+    net.Mixed_5b.pool = torch.nn.AvgPool2d(3, 1, 1)                                               # padding counted
+    assert min(furthest(net, images, want).values()) > 1e-3
 
 
 def test_files_that_must_not_pass(weights, tmp_path):

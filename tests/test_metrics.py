@@ -1,4 +1,5 @@
-"""What a notebook cell does not show about metrics: invariances over many random cases, files on disk, fresh processes, and memory that is really limited."""
+"""What a notebook cell does not show about metrics: the answers of another implementation, invariances over many random cases, files on disk, fresh processes, and memory that is really limited."""
+import json
 import subprocess
 import sys
 import warnings
@@ -6,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from independent import ANSWERS, clouds
 from scipy.linalg import sqrtm
 
 from dpi_nbdev.core import randn_like, seeded
@@ -32,6 +34,14 @@ def test_frechet_against_sqrtm(seed):
     (m, A), (n, B) = [(randn(D, seed=10 * seed + i), random_cov(D, 3 * D, 10 * seed + i)) for i in range(2)]
     want = (m - n).square().sum() + A.trace() + B.trace() - 2 * np.trace(sqrtm((A @ B).numpy())).real
     assert frechet_distance((m, A), (n, B)) == pytest.approx(want.item(), rel=1e-8)
+
+
+def test_the_answers_of_torch_fidelity():
+    "On features made by a formula; its answers are stored. Its precision and recall are means in float32."
+    want, (samples, real) = json.loads(ANSWERS.read_text(encoding="utf-8"))["metrics"], clouds()
+    assert frechet_distance(samples, real) == pytest.approx(want["frechet"], rel=1e-9)
+    assert precision_recall(real, samples) == pytest.approx(want["precision_recall"], abs=1e-6)
+    assert inception_score(10 * samples, 100) == pytest.approx(want["inception_score"], rel=1e-9)
 
 
 def test_frechet_is_a_squared_distance():

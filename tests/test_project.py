@@ -109,6 +109,20 @@ def test_every_third_party_import_is_a_requirement():
                 assert names.get(top, top) in wanted, f"{name_of(module)} imports {top}, which settings.ini does not require"
 
 
+def test_judging_needs_no_extra():
+    outside = lambda names: {path.split(".")[0] for name in names.split() for path in imports(ROOT / "dpi_nbdev" / f"{name}.py")} - set(sys.stdlib_module_names)
+    assert outside("metrics features evaluate") <= outside("core diffusion flow build samplers solvers files generate")
+
+
+def test_readme_of_a_package_index_leads_to_files_of_the_repository():
+    pytest.importorskip("setuptools")  # a Python of 3.12 or later has it from torch
+    text = subprocess.run([sys.executable, "setup.py", "--long-description"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cfg, links = settings(), re.findall(r"\]\(([^)]+)\)", text)
+    assert [link for link in links if not re.match(r"https://|#", link)] == []
+    ours = [m[1] for link in links if (m := re.match(rf"{cfg['git_url']}/(?:blob|raw)/{cfg['branch']}/([^#]+)", link))]
+    assert len(ours) > 20 and [path for path in ours if not (ROOT / path).exists()] == []
+
+
 # -- notebooks --------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +203,23 @@ def test_public_names_exist_and_every_module_but_the_commands_has_some():
         assert getattr(dpi_nbdev, name) is not None
     modules = {m.stem for m in MODULES} - {"__init__"}
     assert set(dpi_nbdev._public) <= modules
-    assert modules - set(dpi_nbdev._public) <= {"demo", "cli"}, "nbs/60_api.ipynb: what is public in these?"
+    assert modules - set(dpi_nbdev._public) <= {"cli"}, "nbs/60_api.ipynb: what is public in these?"
     for_checkers = {path.split(".")[1] for path in imports(ROOT / "dpi_nbdev" / "__init__.py") if path.startswith("dpi_nbdev.")}
     assert for_checkers == set(dpi_nbdev._public), "the imports under TYPE_CHECKING and the table differ"
+
+
+def test_type_checkers_know_the_methods_that_are_patched_in():
+    import dpi_nbdev
+    declared, bases, patched_in = {}, {}, []
+    for node in (n for module in MODULES for n in ast.parse(module.read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.ClassDef):
+            declared[node.name] = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)} | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            bases[node.name] = [ast.unparse(b) for b in node.bases]
+        elif isinstance(node, ast.FunctionDef) and any(ast.unparse(d).startswith("patch") for d in node.decorator_list):
+            patched_in.append((ast.unparse(node.args.args[0].annotation), node.name))
+    known = lambda cls, name: cls in declared and (name in declared[cls] or any(known(b, name) for b in bases[cls]))
+    public = [(cls, name) for cls, name in patched_in if cls in {*dpi_nbdev.__all__, "Process"} and not name.startswith("_") and name != "extra_repr"]
+    assert len(public) > 20 and [f"{cls}.{name}" for cls, name in public if not known(cls, name)] == []
 
 
 def test_import_brings_nothing_heavy_along():

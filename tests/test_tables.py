@@ -49,6 +49,30 @@ def test_a_study_is_run_continued_and_collected(tiny, tmp_path):
     assert text["machine"] and text["environment"]["torch"] == torch.__version__
 
 
+def test_rows_that_join_later_are_timed_in_proportion(tiny, tmp_path, monkeypatch):
+    "The machine is three times as slow on the second day; the first day's times stand."
+    run = dict(seeds=1, steps=2, workers=1, n_samples=0, progress=False)
+    out = run_study("digits", tmp_path / "study", only="*dpi-flow", **run)
+    monkeypatch.setattr(tables, "step_times", lambda rows: {k: 6.0 if "dpi" in k else 3.0 for k in rows})
+    run_study("digits", out, only="*t-map*", **run)
+    assert json.loads((out / "study.json").read_text())["times"] == {"drunet-dpi-flow": 2.0, "drunet-t-map-flow": 1.0}
+    assert (out / "drunet-t-map-flow--time--0.json").exists()
+
+
+def test_seeds_are_paired_by_number(tmp_path):
+    "A row that lacks a seed, and a budget that is not complete yet, are compared on what both have."
+    run = lambda row, budget, seed, error: dict(row=row, budget=budget, seed=seed, steps=1, errors=[error])
+    path = tmp_path / "tables.json"
+    path.write_text(json.dumps(dict(runs=[run("a", "steps", 0, 8), run("a", "steps", 1, 6), run("b", "steps", 1, 8), run("b", "steps", 0, 10), run("b", "time", 1, 12), run("c", "steps", 2, 1)])))
+    study = Study(path)
+    assert study.values("b").tolist() == [10, 8]
+    assert study.lead("a", "b") == pytest.approx((2 / 9, 0))
+    assert study.values("b", budget="time").tolist() == [12], "the run at equal steps does not stand in for one at equal time"
+    assert study.lead("a", "b", budget="time")[0] == 0.5
+    with pytest.raises(ValueError, match="no seed in common"):
+        study.lead("a", "c")
+
+
 def test_nothing_to_collect(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         collect_study(tmp_path)

@@ -230,7 +230,7 @@ FRONT = dict(title="t", description="d")
 def test_docs_check_takes_a_good_page():
     import docs_check
     good = notebook("# t\n\n> d", (DRAWN, [FIGURE]), ("print(1)", [stream("1\n")]), ("#| hide\nplt.plot(x)", []), ("def f(): plt.show()", []),
-                    ("#| classes: wrap\nprint(long)", [stream("word " * 60)]), ("fig, ax = plt.subplots(); plt.close(fig)", []))
+                    ("#| classes: wrap\nprint(long)", [stream("word " * 60)]), ("print(table)", [stream("a  b " * 25)]), ("fig, ax = plt.subplots(); plt.close(fig)", []))
     assert docs_check.faults_of(good, FRONT) == []
 
 
@@ -243,7 +243,8 @@ def test_docs_check_takes_a_good_page():
     ([(DRAWN.replace("fig-alt", "fig_alt"), [FIGURE])], FRONT, "no fig-alt"),
     ([(DRAWN, [FIGURE]), ("fig, ax = plt.subplots()\nax.plot(x);", [])], FRONT, "draws, but no figure is stored"),
     ([(DRAWN, [FIGURE]), ("print(1)", [])], FRONT, "prints, but nothing is stored"),
-    ([(DRAWN, [FIGURE]), ("print(1)", [stream("x" * 141)])], FRONT, "prints a line of 141 characters"),
+    ([(DRAWN, [FIGURE]), ("print(1)", [stream("a  " * 47)])], FRONT, "prints a line of 141 characters"),
+    ([(DRAWN, [FIGURE]), ("print(1)", [stream("word " * 19)])], FRONT, "prints a sentence of 95 characters"),
     ([(DRAWN.replace("preview-image", "large"), [FIGURE])], FRONT, "marks 0 of its figures as its card"),
     ([(DRAWN, [FIGURE]), (DRAWN, [FIGURE])], FRONT, "marks 2 of its figures"),
     (["word " * 1300, (DRAWN, [FIGURE])], FRONT, "show one sooner"),
@@ -274,6 +275,9 @@ def test_docs_check_names_headings_as_pandoc_does():
     ("[x](https://site.io/p/gone.html)", "does not exist"), ("[x](http//arxiv.org)", "does not exist"), ("[x](http://arxiv.org/abs/1)", "no https address"),
     ("[x](https://github.com/u/p/blob/main/code.py#L3)", "which is shorter"), ("[x](https://github.com/u/p/blob/main/gone.py)", "of the repository"),
     ("![A photograph](gone.png)", "shows gone.png"), ("![](photo.png)", "without an alt text"), ('<img src="photo.png">', "without an alt text"),
+    ("See [`DPI`](https://site.io/p/other.html) and [the `DPI`\nof](other.ipynb)", None), ("See [[`DPI`](https://site.io/p/other.html)](other.ipynb)", "the link around `DPI` is lost"),
+    ("```python\ndef f(\n    x, # see DPI\n):\n```", None), ("```python\ndef f(\n    x, # see [`DPI`](https://site.io/p/other.html)\n):\n```", "the link of `DPI` as text"),
+    ("*`s` shaped so that `s * x` scales each sample.*", None), ("*Scales each *sample* of `x` by itself.*", "a star of its own"), ("*One* word, *another*", None),
     ("[text][nowhere]", "leads nowhere"), ("Use @patch on it", "read as a citation"), ("costs $5", "has no partner"), ("$\\frac{1}{2$", "does not close"),
     ("$$\\begin{aligned} x \\end{align}$$", "does not close"),
 ])

@@ -20,7 +20,8 @@ import yaml
 import quarto_schema
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_LINE = 140  # of printed text, before it has to be wrapped
+LONGEST_LINE = 140  # of printed text that stands in columns; a reader scrolls to its end
+LONGEST_SENTENCE = 94  # of printed text that does not: what a desktop shows
 FIRST_FIGURE = (200, 1200)  # lines of code and words of prose that may stand before it
 # names of other packages' things that no code here uses, and patterns that stand for names
 ELSEWHERE = {"PyTorchModelHubMixin", "module.name", "pool_3"}
@@ -80,9 +81,12 @@ def cell_faults(cell: dict) -> list[str]:
     if "print" in calls and not outputs and "test_stdout" not in calls:
         found.append("prints, but nothing is stored: run the notebook and save")
     texts = ["".join(o.get("text", "")) or "".join(o.get("data", {}).get("text/plain", "")) for o in outputs if not o.get("data", {}).keys() - {"text/plain"}]
-    longest = max((len(line) for text in texts for line in text.splitlines()), default=0)
-    if longest > LONGEST_LINE and "wrap" not in str(options.get("classes", "")).split():
-        found.append(f"prints a line of {longest} characters: shorten it, or say `#| classes: wrap` if it is a sentence")
+    lines = [line for text in texts for line in text.splitlines()]
+    if "wrap" not in str(options.get("classes", "")).split():
+        if (longest := max(map(len, lines), default=0)) > LONGEST_LINE:
+            found.append(f"prints a line of {longest} characters: shorten it, or say `#| classes: wrap` if it is a sentence")
+        elif longest > LONGEST_SENTENCE and not any("  " in line.strip() for line in lines):
+            found.append(f"prints a sentence of {longest} characters: shorten it, or say `#| classes: wrap`")
     return found
 
 
@@ -206,6 +210,15 @@ class Page:
             self.links += [t["attrs"]["url"] for t in tokens if t["type"] == "link"]
             self.images += [(t["attrs"]["url"], bool(plain(t["children"]).strip())) for t in tokens if t["type"] == "image"]
             words = [t["raw"] for t in tokens if t["type"] == "text"]
+            # nbdev links names in backticks, also inside the text of a link, and a link in a link is none
+            self.faults += [f"the link around `{name}` is lost: write the name alone, nbdev links it"
+                            for name in re.findall(r"\[[^\[\]\n]*\[`([^`\n]+)`\]\([^)\n]*\)[^\[\]\n]*\]\(", text)]
+            # show_doc sets a docstring between two stars, and pandoc does not nest them
+            self.faults += [f"a docstring with a star of its own is not set in italics: {line[:60]}" for line in prose.splitlines()
+                            if re.match(r"\*[^*\s][^*]*\s\*[^*\s].*\*$", line)]
+            # nbdev links names inside of signatures, too, where no link is one
+            self.faults += [f"a signature shows the link of `{name}` as text: write the name without backticks in the comment" for block in
+                            re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL) for name in re.findall(r"\[`([^`\n]+)`\]\(http", block)]
             self.faults += [f"the reference {r} leads nowhere" for w in words for r in re.findall(r"\[[^\[\]]+\]\[[^\[\]]*\]", w)]
             # pandoc takes @name for a citation, and @fig-name for a figure's number
             self.faults += [f"{r} would be read as a citation: put it in backticks" for w in words for r in re.findall(r"(?:^|(?<=[\s(\[]))@[A-Za-z][\w:-]*", w)]

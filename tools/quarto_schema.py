@@ -17,7 +17,7 @@ SOCIAL = {"title": "string", "description": "string", "image": "string", "image-
 CONTENTS: list = []
 CONTENTS.append(Any(["string", {**LINK}, {"section": "string", "href": "string", "contents": CONTENTS}]))
 REGION = Any(["string", [Any(["string", LINK])]])
-NAME = Any(["string", {"family": "string", "given": "string", "literal": "string"}])
+NAME = Any(["string", {"family": "string", "given": "string"}, {"name": Any(["string", {"literal": "string"}])}])
 
 CITATION = Any(["boolean", {
     **{key: "string" for key in ("type", "title", "url", "publisher", "version", "abstract", "note", "doi", "container-title")},
