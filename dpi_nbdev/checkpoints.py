@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack', 'unpack', 'read_state', 'Checkpoints', 'state_faults', 'save_weights', 'load_weights']
 
-# %% ../nbs/28_checkpoints.ipynb #7e698117
+# %% ../nbs/28_checkpoints.ipynb #8689c7dd
 from typing import Any
 from collections.abc import Callable
 import hashlib, json, os, re, warnings
@@ -41,7 +41,7 @@ def pack(
         seen.add(v.untyped_storage().data_ptr())
     return save(tensors, {"dpi_nbdev_state": json.dumps(outline)})   # one entry: with two, their order would be chance
 
-# %% ../nbs/28_checkpoints.ipynb #52457ea5
+# %% ../nbs/28_checkpoints.ipynb #4e34e0dc
 def unpack(
     data: bytes,  # from pack
 ):                # the state
@@ -63,7 +63,7 @@ def _filled(outline, tensors):
     if kind == "dict": return {k: _filled(v, tensors) for k, v in value}
     return {"list": list, "tuple": tuple}[kind](_filled(v, tensors) for v in value)
 
-# %% ../nbs/28_checkpoints.ipynb #d4ab2705
+# %% ../nbs/28_checkpoints.ipynb #32ff20f4
 _NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{16})\.safetensors")
 
 def _digest(data): return hashlib.sha256(data).hexdigest()[:16]
@@ -78,7 +78,7 @@ def read_state(
     if _digest(data) != form[2]: raise ValueError(f"{path.name!r} is damaged: its contents ({len(data):,} bytes) do not have the checksum in its name")
     return unpack(data)
 
-# %% ../nbs/28_checkpoints.ipynb #e2e2dfb9
+# %% ../nbs/28_checkpoints.ipynb #ee594936
 class Checkpoints:
     "The last states of a run, in a folder: there is a whole one at every instant, once there was one."
     newest: Callable[..., Any]   # below; declared for type checkers
@@ -148,7 +148,7 @@ def state_faults(
     return faults + [f"{k}: {state[k].tolist()} instead of {v.tolist()}" for k, v in own.items()
                      if k.endswith("_extra_state") and k in state and not torch.equal(state[k].cpu(), v.cpu())]
 
-# %% ../nbs/28_checkpoints.ipynb #b0290209
+# %% ../nbs/28_checkpoints.ipynb #60fbb485
 def save_weights(
     model: nn.Module,  # any model
     path,              # the file to make or replace, "….safetensors"

@@ -6,7 +6,7 @@
 __all__ = ['plainly', 'command', 'dpi_demo', 'steps_for', 'dpi_data', 'dpi_train', 'dpi_sample', 'dpi_evaluate', 'dpi_tables',
            'dpi_cost']
 
-# %% ../nbs/53_cli.ipynb #ed25ab2f
+# %% ../nbs/53_cli.ipynb #a368ee69
 import functools, os, re, sys, time
 from dataclasses import replace
 from pathlib import Path

@@ -17,7 +17,7 @@ import numpy as np
 
 from .files import ImageError, ImageSource, broken_message, look_through, one_shape, read_image, read_labels
 
-# %% ../nbs/33_convert.ipynb #518c50f9
+# %% ../nbs/33_convert.ipynb #db2a75a9
 CHUNK = 64   # images that are converted, written and remembered together
 
 class Plan:

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'PAPER_TRAINING', 'SMALL_TRAINING', 'SMALL_NETS', 'Experiment', 'to_yaml', 'from_yaml',
            'paper_experiments', 'find_experiment', 'run_experiment', 'environment', 'load_run', 'describe_run']
 
-# %% ../nbs/50_experiments.ipynb #95e85c57
+# %% ../nbs/50_experiments.ipynb #dd93df1b
 from typing import Any, ClassVar
 import hashlib, json, os, platform, time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from .solvers import sample_ode, sample_sde
 from .training import Trained, TrainSettings, every, lambda_log, plot_lambda_log, sample_grid, train
 from fastcore.basics import patch
 
-# %% ../nbs/50_experiments.ipynb #32b49b4a
+# %% ../nbs/50_experiments.ipynb #7a0e9676
 @dataclass(frozen=True)
 class Experiment:
     "A training run and how it is sampled. Raises `ValueError` for values that make no sense."
@@ -212,7 +212,7 @@ def run_experiment(
         with atomic_write(out / "results.json") as tmp: tmp.write_text(json.dumps(_results(e, trained, data.train.shape[1:]), indent=1), encoding="utf-8")
     return trained
 
-# %% ../nbs/50_experiments.ipynb #ed704f5b
+# %% ../nbs/50_experiments.ipynb #b2625850
 def _refuse_others(out, e):
     "Raises `ValueError` for a folder that belongs to another experiment, or in which the images lie that would be trained on."
     if Path(e.data or "-").is_dir() and Path(e.data).resolve() in (out.resolve(), *out.resolve().parents):

@@ -15,7 +15,7 @@ from fastcore.meta import delegates
 from .samplers import Sampling
 from .solvers import rk_step, tableaux
 
-# %% ../nbs/24_likelihood.ipynb #d0947be6
+# %% ../nbs/24_likelihood.ipynb #3baf2063
 @delegates(Sampling)
 @torch.no_grad()
 def invert(

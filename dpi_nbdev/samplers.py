@@ -6,7 +6,7 @@
 __all__ = ['GaussianMixture', 'timesteps', 'noise_streams', 'start_noise', 'Sampling', 'ddim', 'ddpm', 'dpm_solver',
            'random_walk']
 
-# %% ../nbs/22_samplers.ipynb #4e4167f9
+# %% ../nbs/22_samplers.ipynb #5f83559b
 from typing import Any
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .core import randn_like
 from .dpi import DPI, interpolate
 
-# %% ../nbs/22_samplers.ipynb #8d4bcce8
+# %% ../nbs/22_samplers.ipynb #8e4cb811
 class GaussianMixture:
     "Data with a known law, Σ wₖ N(mₖ, Cₖ) on the last axis, and the answers of a perfect model about it. Raises `ValueError` for what is no mixture."
     answers: Callable[..., Any]; sample: Callable[..., Tensor]   # below; declared for type checkers
@@ -118,7 +118,7 @@ def _own_steps(process, steps, spacing):
     if steps not in (None, len(own)): raise ValueError(f"the list holds {len(own)} steps, but steps={steps}; leave steps out, or make them agree")
     return own
 
-# %% ../nbs/22_samplers.ipynb #837bb763
+# %% ../nbs/22_samplers.ipynb #74808944
 def noise_streams(
     n: int,          # number of samples
     generator=None,  # a torch.Generator that gives one seed per sample, in order (torch's global one if None), or a list of n generators
@@ -140,7 +140,7 @@ def start_noise(
     "Standard normal noise to start from; sample i is the same in one batch of 64 as in 64 batches of one."
     return noise_streams(n, generator)(torch.empty(n, *shape))
 
-# %% ../nbs/22_samplers.ipynb #84501847
+# %% ../nbs/22_samplers.ipynb #607378c9
 class Sampling:
     "One run of a sampler. Raises `ValueError` or `TypeError` for a start or steps that make no sense and, naming the step, for a model that answers with NaN or a wrong shape."
     def __init__(self,

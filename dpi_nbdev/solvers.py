@@ -107,7 +107,7 @@ def sample_sde(
         run.show(then, x)
     return run.finish(x) if denoise else x
 
-# %% ../nbs/23_solvers.ipynb #2f821a73
+# %% ../nbs/23_solvers.ipynb #6c011302
 def reverse_diffusion(
     process,         # VPDiffusion, or another with a(s) > 0 where it is asked
 ) -> Callable:       # ε(s), a function of one number

@@ -377,7 +377,7 @@ class Trained:
     seconds: float    # wall-clock time of the loop, over all resumptions
     held_out: list = field(default_factory=list)  # (step, held-out loss) for each time it was measured
 
-# %% ../nbs/31_training.ipynb #7d4f4f59
+# %% ../nbs/31_training.ipynb #74b56647
 def train(
     model: nn.Module,             # model(x, s); trained in place, on the kind of device where it is
     objective: Callable,          # objective(model, x, generator) -> loss (), per-sample values (B,): DiffusionLoss, FlowLoss, …
