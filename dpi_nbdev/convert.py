@@ -148,8 +148,9 @@ def _planned(source, out, size, channels, workers, skip_broken, progress):
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1): raise ValueError(f"workers must be a whole number of processes, at least 1, or None for one a core; got {workers!r}")
     shapes, broken = look_through(source, size, channels, False, progress)
     if broken and (not skip_broken or not shapes): raise ImageError(broken_message(source, broken))
+    plan = Plan(source, out, size, one_shape(shapes))
     output_folder(out.parent)
-    return Plan(source, out, size, one_shape(shapes))
+    return plan
 
 def _cores():
     "Cores this process may use."
