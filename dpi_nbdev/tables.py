@@ -27,9 +27,9 @@ from .metrics import eps_mse, frechet_distance, midpoints, precision_recall, vel
 from .samplers import start_noise
 from .training import Run, train
 
-# %% ../nbs/52_tables.ipynb #22651381
+# %% ../nbs/52_tables.ipynb #1ee4e5c6
 def study_rows(
-    data: str = "digits",  # "digits": 8×8, every run of the paper and more; "photos": 32×32 patches, most of them
+    data: str = "digits",  # "digits": 8×8, every run of the paper and more; "photos": 32×32 patches, DRUNet only
     steps: int = 700,      # optimiser steps of a DRUNet; an ADM has 5/7 of them, with smaller batches
 ) -> dict:                 # name -> Experiment, seed 0
     "The runs behind the small tables. Raises `ValueError` for data that have none."
@@ -45,12 +45,10 @@ def study_rows(
             "drunet-dpi-fresh-vp": row(dpi, dict(init="fresh")), "drunet-dpi-phi-slow-vp": row(dpi, phi_lr=1e-3), "drunet-dpi-phi-fast-vp": row(dpi, phi_lr=1e-1),
             "drunet-dpi-one-s-vp": row(dpi, groups=1), "drunet-dpi-two-s-vp": row(dpi, groups=2), "adm-dpi-one-s-vp": row("adm-dpi-vp", groups=1)}
     if data == "photos":
-        photo = lambda name, batch_size, net, **kw: row(name, net, batch_size, data="photos", size=32, n_held_out=200, **kw)
-        drunet = lambda name, widths=(16, 32, 64), **kw: photo(name, 32, dict(widths=widths, n_blocks=1), **kw)
-        adm = lambda name: photo(name, 8, dict(multipliers=(1, 1, 2), attention_at=(8,), image_size=32))
+        photo = lambda name, widths=(16, 32, 64), **kw: row(name, dict(widths=widths, n_blocks=1), 32, data="photos", size=32, n_held_out=200, **kw)
         ways = [f"drunet-{k}-vp" for k in ("ncsnv2", "sigma-map", "t-map", "dpi", "dpi-linear")] + [f"drunet-{k}-flow" for k in ("t-map", "dpi", "dpi-linear")]
-        return {k: drunet(k) for k in ways} | {f"adm-{k}-vp": adm(f"adm-{k}-vp") for k in ("t-map", "mlp", "dpi")} | {
-            "drunet-t-map-wide-vp": drunet("drunet-t-map-vp", (23, 45, 90)), "drunet-dpi-one-s-vp": drunet("drunet-dpi-vp", groups=1)}
+        return {k: photo(k) for k in ways} | {
+            "drunet-t-map-wide-vp": photo("drunet-t-map-vp", (23, 45, 90)), "drunet-dpi-one-s-vp": photo("drunet-dpi-vp", groups=1)}
     raise ValueError(f'there are small tables for "digits" and "photos", not for {data!r}')
 
 # %% ../nbs/52_tables.ipynb #d1106f14
@@ -74,7 +72,7 @@ def reference_row(
     backbone, *_, process = name.split("-")
     return f"{backbone}-dpi-{process}"
 
-# %% ../nbs/52_tables.ipynb #6493a794
+# %% ../nbs/52_tables.ipynb #02d47582
 def study_jobs(
     rows: dict,         # name -> Experiment
     times: dict,        # name -> seconds of a training step, from step_times
@@ -90,20 +88,19 @@ def study_jobs(
                 jobs[name, "time", seed] = replace(e, training=replace(e.training, steps=round(e.training.steps * factor)))
     return jobs
 
-# %% ../nbs/52_tables.ipynb #b28ded60
+# %% ../nbs/52_tables.ipynb #327bccba
 def run_job(
     e: Experiment,
     n_samples: int = 500,   # images to sample, in 50 steps of the experiment's sampler; 0: none
     levels: int = 25,       # slices of the schedule
     noise_seeds: int = 4,   # draws of noise at each
 ) -> tuple:                 # numbers as a dictionary; samples (n, H, W, C) uint8, or None; the trained model
-    "Trains, measures the held-out error on the way and by noise level, samples. Raises what `train` raises."
+    "Trains, measures the held-out error by noise level, samples. Raises what `train` raises."
     data, process = e.make_data(), e.make_process()
     shape, s = tuple(data.train.shape[1:]), midpoints(process, levels)
-    watched = torch.cat([data.held_out[:]] * noise_seeds)
-    trained = train(e.make_model(shape[0]), e.make_objective(), data.train, e.training, held_out=watched, check_every=max(1, e.training.steps // 8), progress=False)
+    trained = train(e.make_model(shape[0]), e.make_objective(), data.train, e.training, progress=False)
     model, error = trained.model, eps_mse if e.process == "vp" else velocity_mse
-    numbers = dict(steps=e.training.steps, parameters=sum(p.numel() for p in model.parameters()), seconds=trained.seconds, curve=trained.held_out,
+    numbers = dict(steps=e.training.steps, parameters=sum(p.numel() for p in model.parameters()), seconds=trained.seconds,
                    errors=error(model, process, data.held_out, s, range(noise_seeds), progress=False).mean(0).tolist())
     if isinstance(model, DPI):
         with torch.no_grad(): numbers["lambda"] = model.lam(torch.linspace(process.s_min, process.s_max, 41)).tolist()
@@ -113,7 +110,7 @@ def run_job(
         images.append(to_bytes(e.sample(model, start_noise(len(streams), shape, streams), streams, steps=50, progress=False)))
     return numbers, np.concatenate(images) if images else None, model
 
-# %% ../nbs/52_tables.ipynb #7f546dcf
+# %% ../nbs/52_tables.ipynb #872d95bb
 def run_study(
     data: str = "digits",   # see study_rows
     out="runs/tables",      # a folder; what is done there is not done again
@@ -125,6 +122,7 @@ def run_study(
     progress: bool = True,  # show a progress bar
 ) -> Path:                  # the folder
     "Runs what is missing of a study. Raises `ValueError` when no row fits, or the folder holds a study with other settings."
+    if seeds < 1: raise ValueError(f"seeds must be at least 1, got {seeds}")
     every = study_rows(data, steps)
     wanted = {k for k in every if fnmatchcase(k, only)}
     if not wanted: raise ValueError(f"no row of {data!r} fits {only!r}; there are {', '.join(every)}")
@@ -168,7 +166,7 @@ def _study_facts(out, settings, rows):
         with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
 
-# %% ../nbs/52_tables.ipynb #f6977a2b
+# %% ../nbs/52_tables.ipynb #e61e953d
 def collect_study(
     out,            # the folder of run_study
     path=None,      # the JSON file to write; tables.json in the folder if not given
@@ -203,7 +201,7 @@ def _rounded(v):
     if isinstance(v, list): return [_rounded(w) for w in v]
     return float(f"{v:.6g}") if isinstance(v, float) else v
 
-# %% ../nbs/52_tables.ipynb #edc4ef81
+# %% ../nbs/52_tables.ipynb #1cb913b1
 class Study:
     "A stored study. Raises `FileNotFoundError` if the file is not there."
     def __init__(
