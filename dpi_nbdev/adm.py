@@ -7,9 +7,9 @@ __all__ = ['GroupNorm32', 'ZeroConv1d', 'ZeroConv2d', 'ResidualBlock', 'Attentio
            'Upsample', 'ADM', 'adm_stages', 'draw_adm']
 
 # %% ../nbs/12_adm.ipynb #40844931
-from typing import ClassVar
-from collections.abc import Callable
 import math
+from collections.abc import Callable
+from typing import ClassVar
 from collections import Counter
 
 import torch

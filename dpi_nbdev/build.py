@@ -6,8 +6,8 @@
 __all__ = ['build_model', 'save_model', 'load_model']
 
 # %% ../nbs/13_build.ipynb #8253b1d8
-from typing import Any
 import hashlib, importlib, inspect, json
+from typing import Any
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -143,7 +143,7 @@ def save_model(
     model: nn.Module,  # of the classes above, nested in any way, on any device
 ):
     "Writes config.json and model.safetensors. Raises `TypeError` or `ValueError` for a model that could not be loaded again, `OSError` when the disk is full."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     config = {"format_version": _FORMAT, "package_version": importlib.import_module("dpi_nbdev").__version__,
               "channels_last": _is_channels_last(model), "model": _describe(model)}
     _check_rebuilds(model, config["model"])
@@ -151,7 +151,7 @@ def save_model(
     folder = output_folder(folder)
     with atomic_write(folder/_CONFIG) as c, atomic_write(folder/_WEIGHTS) as w:
         c.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file(state, w, {_HASH: _hash(config)})
+        w.write_bytes(save(state, {_HASH: _hash(config)}))   # save_file would not raise OSError
 
 # %% ../nbs/13_build.ipynb #90db0718
 _FORMAT, _CONFIG, _WEIGHTS, _HASH = 1, "config.json", "model.safetensors", "config_sha256"

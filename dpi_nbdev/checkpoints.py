@@ -6,9 +6,9 @@
 __all__ = ['pack', 'unpack', 'read_state', 'Checkpoints', 'state_faults', 'save_weights', 'load_weights']
 
 # %% ../nbs/28_checkpoints.ipynb #8689c7dd
-from typing import Any
-from collections.abc import Callable
 import hashlib, json, os, re, warnings
+from collections.abc import Callable
+from typing import Any
 from pathlib import Path
 
 import torch

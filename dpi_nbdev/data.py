@@ -7,8 +7,8 @@ __all__ = ['HELD_OUT_ROWS', 'ImageSplit', 'split_rows', 'digits', 'photos', 'pat
            'open_array', 'load_images', 'Batches']
 
 # %% ../nbs/30_data.ipynb #e973d374
-from collections.abc import Callable
 import json, operator, warnings, zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,9 +6,9 @@
 __all__ = ['interpolate', 'select_parameters', 'DPI', 'check_exact', 'param_groups']
 
 # %% ../nbs/02_dpi.ipynb #355f3210
-from typing import Any
-from collections.abc import Callable
 import copy, warnings
+from collections.abc import Callable
+from typing import Any
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial

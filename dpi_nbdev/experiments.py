@@ -7,8 +7,8 @@ __all__ = ['SAMPLERS', 'PAPER_TRAINING', 'SMALL_TRAINING', 'SMALL_NETS', 'Experi
            'paper_experiments', 'find_experiment', 'run_experiment', 'environment', 'load_run', 'describe_run']
 
 # %% ../nbs/50_experiments.ipynb #dd93df1b
-from typing import Any, ClassVar
 import hashlib, json, os, platform, time
+from typing import Any, ClassVar
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -23,7 +23,7 @@ from .core import atomic_write, output_folder, seeded
 from .cost import model_cost
 from .data import ImageSplit, load_images
 from .diffusion import DiffusionLoss, VPDiffusion
-from .draws import draw_unit
+from .draws import DRAWS, draw_unit
 from .flow import FlowLoss, FlowMatching
 from .generate import sample_streams
 from .samplers import ddim, ddpm, dpm_solver, start_noise
@@ -53,7 +53,7 @@ class Experiment:
     n_samples: int = 50_000        # images that the paper's table is made of
 
     def __post_init__(self):
-        for name, known in (("process", ("vp", "flow")), ("sampler", tuple(SAMPLERS)), ("draw", ("uniform", "stratified", "low_discrepancy", "decreasing"))):
+        for name, known in (("process", ("vp", "flow")), ("sampler", tuple(SAMPLERS)), ("draw", DRAWS)):
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name, low in (("size", 1), ("n_held_out", 0), ("groups", 0), ("sampler_steps", 1), ("n_samples", 1)):
             v = getattr(self, name)
@@ -232,10 +232,9 @@ def _claim(out, e):
     with atomic_write(out / "environment.json") as tmp: tmp.write_text(json.dumps(environment(), indent=1), encoding="utf-8")
 
 def _save_model(folder, model):
-    "`save_model`, with an `OSError` when the disk refuses."
-    from safetensors import SafetensorError
+    "`save_model`, with a sentence on what to do when the disk refuses."
     try: save_model(folder, model)
-    except SafetensorError as err: raise OSError(f"the trained model was not written to {str(folder)!r}: {err}; make room and give the same command again") from err
+    except OSError as err: raise OSError(f"the trained model was not written to {str(folder)!r}: {err}; make room and give the same command again") from err
 
 def _is_first_rank():
     "Is this the process that writes files?"

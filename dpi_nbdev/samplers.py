@@ -7,8 +7,8 @@ __all__ = ['GaussianMixture', 'timesteps', 'noise_streams', 'start_noise', 'Samp
            'random_walk']
 
 # %% ../nbs/22_samplers.ipynb #5f83559b
-from typing import Any
 import math
+from typing import Any
 from collections.abc import Callable
 
 import torch

@@ -201,7 +201,7 @@ def _rounded(v):
     if isinstance(v, list): return [_rounded(w) for w in v]
     return float(f"{v:.6g}") if isinstance(v, float) else v
 
-# %% ../nbs/52_tables.ipynb #1cb913b1
+# %% ../nbs/52_tables.ipynb #03ef6ddf
 class Study:
     "A stored study. Raises `FileNotFoundError` if the file is not there."
     def __init__(
@@ -239,6 +239,7 @@ class Study:
         a, b = (torch.stack([v[seed] for seed in both]) for v in (a, b))
         return mean_and_error((b - a) / b.mean())
 
+# %% ../nbs/52_tables.ipynb #c7edcb6a
 def mean_and_error(
     values: Tensor,  # (n,)
 ) -> tuple:          # mean; standard error of the mean, nan for n = 1
