@@ -317,7 +317,7 @@ def state(self: Run) -> dict:
 def restore(self: Run,
     state: dict,  # from `state`
 ):
-    "Continues from a state, to the bit."
+    "Continues from a state; to the bit on the same machine and ranks."
     self.net.load_state_dict(state["network"])
     self.average.load_state_dict(state["average"])
     self.optimizer.load_state_dict(state["optimizer"])
