@@ -375,10 +375,11 @@ def from_public(cls:ADM,
     image_size: int = 64,              # side of the images it was trained on
     head_channels: int | None = 64,    # channels of an attention head; None: `n_heads` decides
     n_heads: int = 4,                  # attention heads where head_channels is None
-    new_attention_order: bool | None = None,  # layout of qkv; required with several heads
+    new_attention_order: bool | None = None,  # of qkv; required with several heads
     dropout: float = 0.1,              # probability, should the network be trained further
 ) -> nn.Module:                        # in eval mode; the settings are attributes of the network
-    "The ADM in a public checkpoint. Raises `FileNotFoundError`, or `ValueError` listing everything that does not fit, or asking for the order of the attention."
+    """The ADM in a public checkpoint. Raises `FileNotFoundError`, or `ValueError`
+    listing everything that does not fit, or asking for the order of the attention."""
     state = read_checkpoint(path)
     settings = _adm_settings({k: v.shape for k, v in state.items()}, image_size)
     told = dict(head_channels=head_channels, n_heads=n_heads, dropout=dropout,
@@ -395,7 +396,7 @@ def from_public(cls:ADM,
 _WHICH_ORDER = (
     "{path!r} has attention with several heads, and its shapes do not tell how qkv is "
     "divided among them; the wrong choice gives another network. Say "
-    "new_attention_order=True for 64x64_diffusion.pt, and new_attention_order=False for "
+    "new_attention_order=True for 64x64_diffusion.pt, new_attention_order=False for "
     "the other published files (128x128, 256x256, 512x512, the upsamplers, the LSUN "
     "models, the classifiers). For a network of your own, it is the "
     "use_new_attention_order that it was trained with")

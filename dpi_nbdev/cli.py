@@ -44,7 +44,7 @@ def command(f):
 def dpi_demo(
     steps: int = 3000,      # optimiser steps for each of the two models
     seconds: float = None,  # instead of steps: about this much training time for both together
-    seed: int = 0,          # of weights, batches, noise and samples; decides results.json, on one machine
+    seed: int = 0,          # decides weights, batches, noise and samples
     out: str = "demo",      # folder for report.html, results.json, pictures and weights
 ):
     "Trains DPI and a time map on 1,797 real digits, samples both, and writes a report."

@@ -182,8 +182,8 @@ def _loss_and_parts(
     shapes = [tuple(v.shape) for v in answer] if _are_tensors(answer) else None
     if shapes == [(), (len(x),)]: return answer
     got = f"shapes {shapes}" if shapes else type(answer).__name__
-    raise TypeError(f"an objective returns (loss, per-sample values), here of shapes () "
-                    f"and ({len(x)},); got {got}")
+    raise TypeError("an objective returns (loss, per-sample values), here of shapes "
+                    f"() and ({len(x)},); got {got}")
 
 def _are_tensors(answer):
     return isinstance(answer, tuple) and all(isinstance(v, Tensor) for v in answer)
@@ -341,8 +341,8 @@ def save(self: Run,
     except OSError as e:
         left = f"the last one is {str(self.saved)!r}" if self.saved else "there is none yet"
         why = _refused(store.folder, e)
-        warnings.warn(f"no checkpoint at step {self.step}: {why}; training goes on ({left})",
-                      stacklevel=2)
+        told = f"no checkpoint at step {self.step}: {why}; training goes on ({left})"
+        warnings.warn(told, stacklevel=2)
 
 def _refused(path, e):
     "What the disk refused, with the name of the file or folder."
@@ -400,7 +400,8 @@ class _Log:
             for t in self.trackers: t.log(values, step=step)
         except OSError as e:
             why = _refused(self.path, e)
-            warnings.warn(f"no log of step {step}: {why}; training goes on", stacklevel=2)
+            told = f"no log of step {step}: {why}; training goes on"
+            warnings.warn(told, stacklevel=2)
 
     def report(self, run):
         "What happened since the last report."
@@ -443,14 +444,21 @@ def train(
     progress: bool = True,        # show a progress bar with the loss
     desc: str = "training",       # its label
 ) -> Trained:
-    "Minimises an objective. Raises `FloatingPointError`, naming the step, when the loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds another run or `held_out` nothing; `BlockingIOError` when another process trains in `out`."
+    """Minimises an objective. Raises `FloatingPointError`, naming the step, when the
+    loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds
+    another run or `held_out` nothing; `BlockingIOError` when another process trains in
+    `out`; `TypeError` for an objective that returns something else."""
     every = dict(log=_whole("log_every", log_every), check=_whole("check_every", check_every), save=_whole("save_every", save_every))
     if held_out is not None and not len(held_out): raise ValueError("held_out holds no images; None says that no held-out loss is wanted")
     store = None if out is None else Checkpoints(Path(output_folder(out))/"checkpoints", keep)
     run = Run(model, objective, data, settings)
     if held_out is not None:
         with _own_randomness(run): run.rehearse(held_out)
-    with _resumed(run, out, store), _Signals(active=store is not None) as signals, _Log(out, run) as log, _own_randomness(run), _bar(run, desc, progress) as bar:
+    with (_resumed(run, out, store),
+          _Signals(active=store is not None) as signals,
+          _Log(out, run) as log,
+          _own_randomness(run),
+          _bar(run, desc, progress) as bar):
         while run.step < settings.steps:
             x = run.batch()                                        # this rank's images
             run.gradients(x)                                       # forward and backward
@@ -553,7 +561,8 @@ def lambda_log(
         s = torch.linspace(lam.s_min, lam.s_max, points)
         with torch.no_grad(): curve = lam(s.to(lam.phi.device)).tolist()
         line = json.dumps(dict(step=step, s=s.tolist(), lam=curve))
-        with _may_fail(path), open(path, "a", encoding="utf-8") as f: f.write(line + "\n")
+        with _may_fail(path), open(path, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
     return watch
 
 # %% ../nbs/31_training.ipynb #d5445453

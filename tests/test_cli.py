@@ -104,8 +104,8 @@ def test_a_flipped_bit_in_the_weights_is_noticed(trained, tmp_path):
 
 def test_a_full_disk_while_sampling_is_named(trained, tmp_path, monkeypatch):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
-    sample = ("dpi_sample", trained, "--n", 96, "--steps", 2, "--out", tmp_path / "a.npz")
-    done = call(*sample, preexec_fn=limit)
+    sample = ("dpi_sample", trained, "--n", 96, "--steps", 2, "--out")
+    done = call(*sample, tmp_path / "a.npz", preexec_fn=limit)
     array = tmp_path / "a.npz.parts" / "images.npy"
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{str(array)!r}: File too large" in done.stderr

@@ -356,7 +356,7 @@ def test_the_site_has_its_parts():
     assert (ROOT / "nbs" / "404.qmd").is_file() and (ROOT / "nbs" / "index.ipynb").is_file()
 
 
-# -- run_tests ----------------------------------------------------------------------------
+# -- run_tests -------------------------------------------------------------------------
 
 
 def test_a_failing_step_does_not_stop_the_others_and_all_failures_end_the_list(capfd):
@@ -373,7 +373,8 @@ def test_a_failing_step_does_not_stop_the_others_and_all_failures_end_the_list(c
     said = capfd.readouterr()
     assert "all is well" in said.out and said.out.splitlines()[-1] == "1 failed"
     assert said.err.splitlines()[1:] == [
-        "FAILED: notebooks (exit status 3)", "    00_core.ipynb", "    31_training.ipynb",
+        "FAILED: notebooks (exit status 3)",
+        "    00_core.ipynb", "    31_training.ipynb",
         "FAILED: killed (exit status -9)",
         "FAILED: tests (exit status 1)", "    tests/test_x.py::test_y"]
 

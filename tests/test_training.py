@@ -146,8 +146,8 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(straight, tmp_pat
     before = json.loads((out / "running.json").read_text())
     with pytest.raises(BlockingIOError, match="is in use by process") as e:
         run(out)
-    for what in (str(out), f"process {process.pid} on {platform.node()}", before["since"]):
-        assert what in str(e.value)
+    said, holder = str(e.value), f"process {process.pid} on {platform.node()}"
+    assert str(out) in said and holder in said and before["since"] in said
     assert process.is_alive()
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
@@ -272,7 +272,8 @@ def test_a_picture_that_finds_no_room_is_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning) as caught:
         picture(7, None)
     (said,) = [str(w.message) for w in caught]
-    assert said == f"{str(path)!r} was not written: Disk quota exceeded; training goes on"
+    why = "was not written: Disk quota exceeded; training goes on"
+    assert said == f"{str(path)!r} {why}"
     assert list(tmp_path.iterdir()) == []
 
 
