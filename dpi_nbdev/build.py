@@ -161,7 +161,7 @@ def sealed(
     return data[:at] + _checksum(data, at) + data[at + len(_BLANK):]
 
 def unsealed(
-    path,                 # a safetensors file, from `sealed` or not
+    path,                 # a safetensors file, from sealed or not
 ) -> tuple[dict, dict]:   # the tensors by name, and the note
     "What a file holds. Raises `ValueError`, naming it, when it is damaged."
     from safetensors import SafetensorError
