@@ -375,18 +375,31 @@ def from_public(cls:ADM,
     image_size: int = 64,              # side of the images it was trained on
     head_channels: int | None = 64,    # channels of an attention head; None: `n_heads` decides
     n_heads: int = 4,                  # attention heads where head_channels is None
-    new_attention_order: bool = True,  # layout of qkv; of the published networks only 64x64_diffusion.pt has the new one
+    new_attention_order: bool | None = None,  # of qkv; required with several heads
     dropout: float = 0.1,              # probability, should the network be trained further
 ) -> nn.Module:                        # in eval mode; the settings are attributes of the network
-    "The ADM in a public checkpoint. Raises `FileNotFoundError`, or `ValueError` listing everything that does not fit."
+    """The ADM in a public checkpoint. Raises `FileNotFoundError`, or `ValueError`
+    listing everything that does not fit, or asking for the order of the attention."""
     state = read_checkpoint(path)
     settings = _adm_settings({k: v.shape for k, v in state.items()}, image_size)
-    told = dict(head_channels=head_channels, n_heads=n_heads, new_attention_order=new_attention_order, dropout=dropout)
+    told = dict(head_channels=head_channels, n_heads=n_heads, dropout=dropout,
+                new_attention_order=bool(new_attention_order))
     try:
         with torch.device("meta"): net = cls(**settings, **told)
     except ValueError as e: raise ValueError(f"{str(path)!r} holds no ADM for image_size={image_size}, head_channels={head_channels}, n_heads={n_heads}: {e}") from e
     net = load_exactly(net, state, path)
+    heads = [m.n_heads for m in net.modules() if isinstance(m, AttentionBlock)]
+    if new_attention_order is None and max(heads) > 1:
+        raise ValueError(_WHICH_ORDER.format(path=str(path)))
     return DPI(net).eval() if dpi else net
+
+_WHICH_ORDER = (
+    "{path!r} has attention with several heads, and its shapes do not tell how qkv is "
+    "divided among them; the wrong choice gives another network. Say "
+    "new_attention_order=True for 64x64_diffusion.pt, new_attention_order=False for "
+    "the other published files (128x128, 256x256, 512x512, the upsamplers, the LSUN "
+    "models, the classifiers). For a network of your own, it is the "
+    "use_new_attention_order that it was trained with")
 
 # %% ../nbs/12_adm.ipynb #371c1fdd
 ADM.paper_select = (nn.Conv1d, nn.Conv2d, nn.GroupNorm)  # the paper's rule, for DPI(net, select=ADM.paper_select)

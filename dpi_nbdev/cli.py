@@ -44,7 +44,7 @@ def command(f):
 def dpi_demo(
     steps: int = 3000,      # optimiser steps for each of the two models
     seconds: float = None,  # instead of steps: about this much training time for both together
-    seed: int = 0,          # of weights, batches, noise and samples; the same seed gives the same results.json
+    seed: int = 0,          # decides weights, batches, noise and samples
     out: str = "demo",      # folder for report.html, results.json, pictures and weights
 ):
     "Trains DPI and a time map on 1,797 real digits, samples both, and writes a report."
@@ -170,7 +170,7 @@ def dpi_sample(
     out: str = None,         # the .npz file to make; samples.npz in the run's folder if not given
     sampler: str = None,     # ddim, ddim-eta1, ddpm, dpm-solver, euler, heun, rk4 or sde; the experiment's own if not given
     steps: int = None,       # sampler steps; the experiment's own if not given
-    seed: int = 0,           # image i depends on the seed and on i only
+    seed: int = 0,           # image i depends on it and on i only, up to rounding
     batch_size: int = 64,    # images at a time
     grid: str = None,        # also write a picture of the first 64 images to this file
     png: str = None,         # also write every image to this folder

@@ -96,18 +96,28 @@ def _open_job(out, n, shape, seed, batch_size, about):
     else:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(n, H, W, C)))
-        with open(array, "ab") as f: f.truncate(header.tell() + n * H * W * C)   # creates it, or changes nothing
-        with open(array, "r+b") as f: f.write(header.getvalue())
+        open(array, "ab").close()
+        os.truncate(array, header.tell() + n * H * W * C)   # or changes nothing
+        _put(array, 0, header.getvalue())
         with atomic_write(note) as tmp: tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return parts
 
 def _write_at(array, n, start, images):
     "Puts images number `start`… into the array of `n` on disk, and waits until they are there. A full disk is an `OSError`."
-    with open(array, "r+b") as f:
-        f.seek(os.path.getsize(array) - (n - start) * images[0].nbytes)
-        f.write(images.tobytes())
-        f.flush()
-        os.fsync(f.fileno())
+    at = os.path.getsize(array) - (n - start) * images[0].nbytes
+    _put(array, at, images.tobytes())
+
+def _put(path, at, data):
+    "Writes bytes into a file that exists and waits for the disk; an error names it."
+    try:
+        with open(path, "r+b") as f:
+            f.seek(at)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:   # from a write, it does not know the file's name
+        why = f"{str(path)!r} was not written: {e.strerror or e}"
+        raise OSError(e.errno, f"{why}; make room and start the same job again") from e
 
 # %% ../nbs/26_generate.ipynb #9b443d72
 def collect_samples(

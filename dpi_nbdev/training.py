@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .checkpoints import Checkpoints, state_faults
+from .checkpoints import Checkpoints, alone_in, state_faults
 from .core import atomic_write, figure_style, image_grid, output_folder, seeded
 from .data import Batches
 from .dpi import param_groups
@@ -167,11 +167,26 @@ def gradients(self: Run,
         rows, last = slice(start + i * size, start + (i + 1) * size), i == o.accumulate - 1
         with nullcontext() if last else self.ranks.no_sync(self.shared):
             draws = seeded(step_seed(o.seed, self.step), self.device)
-            loss, per_sample = self.objective(Part(self.model, rows, o.precision), whole, draws)
+            answer = self.objective(Part(self.model, rows, o.precision), whole, draws)
+            loss, per_sample = _loss_and_parts(answer, whole)
             if size < o.batch_size: loss = per_sample[rows].mean()
             self.scaler.scale(loss / o.accumulate).backward()
         total = total + loss.detach() / o.accumulate
     self.losses[self.step] = total
+
+def _loss_and_parts(
+    answer,     # what an objective returned
+    x: Tensor,  # the images it was asked about, (B, C, H, W)
+) -> tuple:     # the loss, (), and its per-sample values, (B,)
+    "`answer`, if it is what an objective should return. Raises `TypeError` if not."
+    shapes = [tuple(v.shape) for v in answer] if _are_tensors(answer) else None
+    if shapes == [(), (len(x),)]: return answer
+    got = f"shapes {shapes}" if shapes else type(answer).__name__
+    raise TypeError("an objective returns (loss, per-sample values), here of shapes "
+                    f"() and ({len(x)},); got {got}")
+
+def _are_tensors(answer):
+    return isinstance(answer, tuple) and all(isinstance(v, Tensor) for v in answer)
 
 # %% ../nbs/31_training.ipynb #0ef5bec7
 @patch
@@ -226,13 +241,39 @@ def measure(self: Run,
     held_out,  # (M, C, H, W) in [-1, 1], like the training data
 ) -> float:    # mean of the objective's per-sample values
     "The moving average's loss on held-out images, with fixed scalars and noise."
-    s = self.objective.process.from_unit(draw_unit(len(held_out), seeded(0)))
-    total, chunks = torch.zeros((), dtype=torch.float64), list(torch.arange(len(held_out)).split(64))
+    s = _fixed_scalars(self.objective, len(held_out))
+    total, chunks = torch.zeros((), dtype=torch.float64), _chunks(held_out)
     for i in range(self.rank, len(chunks), self.world):
-        x = held_out[chunks[i]].to(self.device)
-        total += self.objective(self.average.module, x, seeded(i + 1), s[chunks[i]].to(self.device))[1].double().sum().cpu()
-    total = self.ranks.reduce(total.to(self.device, torch.float32), "sum") if self.world > 1 else total
+        total += self._judge(held_out, chunks[i], i + 1, s).double().sum().cpu()
+    if self.world > 1:
+        total = self.ranks.reduce(total.to(self.device, torch.float32), "sum")
     return total.item() / len(held_out)
+
+@patch
+@torch.no_grad()
+def rehearse(self: Run,
+    held_out,  # (M, C, H, W) in [-1, 1]
+):
+    "Measures the last images once: what cannot be measured fails here."
+    chunks, s = _chunks(held_out), _fixed_scalars(self.objective, len(held_out))
+    self._judge(held_out, chunks[-1], len(chunks), s)
+
+@patch
+def _judge(self: Run, held_out, rows, seed, s):
+    "The per-sample values of some held-out images, (len(rows),)."
+    x = held_out[rows].to(self.device)
+    told = () if s is None else (s[rows].to(self.device),)
+    answer = self.objective(self.average.module, x, seeded(seed), *told)
+    return _loss_and_parts(answer, x)[1]
+
+def _chunks(held_out):
+    "The rows that are measured at a time: index tensors."
+    return list(torch.arange(len(held_out)).split(64))
+
+def _fixed_scalars(objective, n):
+    "`n` stratified scalars of the objective's process; None when it has none."
+    process = getattr(objective, "process", None)
+    return None if process is None else process.from_unit(draw_unit(n, seeded(0)))
 
 # %% ../nbs/31_training.ipynb #995c2308
 def describe(
@@ -276,7 +317,7 @@ def state(self: Run) -> dict:
 def restore(self: Run,
     state: dict,  # from `state`
 ):
-    "Continues from a state, to the bit."
+    "Continues from a state; to the bit on the same machine and ranks."
     self.net.load_state_dict(state["network"])
     self.average.load_state_dict(state["average"])
     self.optimizer.load_state_dict(state["optimizer"])
@@ -299,7 +340,14 @@ def save(self: Run,
     try: self.saved = store.write(self.step, self.state())
     except OSError as e:
         left = f"the last one is {str(self.saved)!r}" if self.saved else "there is none yet"
-        warnings.warn(f"no checkpoint at step {self.step}: {e.strerror or e}; training goes on ({left})", stacklevel=2)
+        why = _refused(store.folder, e)
+        told = f"no checkpoint at step {self.step}: {why}; training goes on ({left})"
+        warnings.warn(told, stacklevel=2)
+
+def _refused(path, e):
+    "What the disk refused, with the name of the file or folder."
+    why = e.strerror or str(e)
+    return why if str(path) in why else f"{str(path)!r} was not written: {why}"
 
 @patch
 def resume(self: Run,
@@ -350,7 +398,10 @@ class _Log:
         try:
             with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(step=step, **values)) + "\n")
             for t in self.trackers: t.log(values, step=step)
-        except OSError as e: warnings.warn(f"the log of step {step} was not written: {e.strerror or e}; training goes on", stacklevel=2)
+        except OSError as e:
+            why = _refused(self.path, e)
+            told = f"no log of step {step}: {why}; training goes on"
+            warnings.warn(told, stacklevel=2)
 
     def report(self, run):
         "What happened since the last report."
@@ -393,13 +444,21 @@ def train(
     progress: bool = True,        # show a progress bar with the loss
     desc: str = "training",       # its label
 ) -> Trained:
-    "Minimises an objective. Raises `FloatingPointError`, naming the step, when the loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds another run or `held_out` nothing."
+    """Minimises an objective. Raises `FloatingPointError`, naming the step, when the
+    loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds
+    another run or `held_out` nothing; `BlockingIOError` when another process trains in
+    `out`; `TypeError` for an objective that returns something else."""
     every = dict(log=_whole("log_every", log_every), check=_whole("check_every", check_every), save=_whole("save_every", save_every))
     if held_out is not None and not len(held_out): raise ValueError("held_out holds no images; None says that no held-out loss is wanted")
     store = None if out is None else Checkpoints(Path(output_folder(out))/"checkpoints", keep)
     run = Run(model, objective, data, settings)
-    if store: run.resume(store)
-    with _Signals(active=store is not None) as signals, _Log(out, run) as log, _own_randomness(run), _bar(run, desc, progress) as bar:
+    if held_out is not None:
+        with _own_randomness(run): run.rehearse(held_out)
+    with (_resumed(run, out, store),
+          _Signals(active=store is not None) as signals,
+          _Log(out, run) as log,
+          _own_randomness(run),
+          _bar(run, desc, progress) as bar):
         while run.step < settings.steps:
             x = run.batch()                                        # this rank's images
             run.gradients(x)                                       # forward and backward
@@ -424,6 +483,13 @@ def _whole(name, n):
     "`n`, or a `ValueError`."
     if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"{name} must be a whole number of steps, at least 1; got {n!r}")
     return n
+
+@contextmanager
+def _resumed(run, out, store):
+    "Holds the run's folder, on the first rank, and goes on from what is in it."
+    with alone_in(out) if store and not run.rank else nullcontext():
+        if store: run.resume(store)
+        yield
 
 @contextmanager
 def _own_randomness(run):
@@ -471,8 +537,16 @@ def sample_grid(
     def watch(step, model):
         from PIL import Image
         grid = (image_grid(draw(model), ncol) * 255).round().astype("uint8")
-        with atomic_write(folder/f"step-{step:09d}.png") as tmp: Image.fromarray(grid).save(tmp)
+        path = folder/f"step-{step:09d}.png"
+        with _may_fail(path), atomic_write(path) as tmp: Image.fromarray(grid).save(tmp)
     return watch
+
+@contextmanager
+def _may_fail(path):
+    "A disk that refuses is no reason to stop: a warning that names the file."
+    try: yield
+    except OSError as e:
+        warnings.warn(f"{_refused(path, e)}; training goes on", stacklevel=4)
 
 # %% ../nbs/31_training.ipynb #c766453c
 def lambda_log(
@@ -486,7 +560,9 @@ def lambda_log(
         if lam is None: return
         s = torch.linspace(lam.s_min, lam.s_max, points)
         with torch.no_grad(): curve = lam(s.to(lam.phi.device)).tolist()
-        with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(step=step, s=s.tolist(), lam=curve)) + "\n")
+        line = json.dumps(dict(step=step, s=s.tolist(), lam=curve))
+        with _may_fail(path), open(path, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
     return watch
 
 # %% ../nbs/31_training.ipynb #d5445453

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dpi_nbdev.build import build_model, load_model, save_model
+from dpi_nbdev.build import build_model, load_model, save_model, sealed, unsealed
 from dpi_nbdev.conditioning import NCSNv2, TimestepMLP
 from dpi_nbdev.adm import ADM
 from dpi_nbdev.diffusion import VPDiffusion
@@ -261,13 +260,29 @@ def test_any_edit_of_the_config_is_noticed(folder):
 ])
 def test_tensors_that_do_not_fit_are_listed(folder, change, says):
     path = folder / "model.safetensors"
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata()
-    state = load_file(path)
+    state, note = unsealed(path)
     change(state)
-    save_file(state, path, metadata)
+    path.write_bytes(sealed(state, config_sha256=note["config_sha256"]))
     with pytest.raises(ValueError, match=says):
         load_model(folder)
+
+
+@pytest.mark.parametrize("at", [-1, -1000, 0.5])
+def test_one_flipped_bit_in_a_weight_is_noticed(folder, at):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data)) if at == 0.5 else at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: .*Copy the file again") as e:
+        load_model(folder)
+    assert str(path) in str(e.value)
+
+
+def test_a_folder_of_an_earlier_version_has_no_checksum_and_is_loaded(folder):
+    before, path = outputs(load_model(folder)), folder / "model.safetensors"
+    state, note = unsealed(path)
+    save_file(state, path, {"config_sha256": note["config_sha256"]})
+    assert_same(outputs(load_model(folder)), before)
 
 
 def test_weights_saved_by_something_else_are_refused(folder):

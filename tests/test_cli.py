@@ -1,7 +1,10 @@
 """The commands as a user meets them: a run trained, stopped, killed, continued, sampled by one rank and by two."""
+import errno
 import json
 import os
+import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from dpi_nbdev.generate import generate_samples
 
 BIN = Path(sys.executable).parent
 TINY = ("drunet-dpi-vp-small", "--batch-size", 16, "--watch-every", 40, "--save-every", 10)
@@ -70,6 +75,54 @@ def test_a_run_that_was_stopped_ends_at_the_same_bits(trained, tmp_path, number,
     assert weights(tmp_path / "run") == weights(trained)
 
 
+def test_a_second_run_in_a_folder_gets_one_sentence(tmp_path):
+    command = ("dpi_train", *TINY, "--steps", 4000, "--out", tmp_path / "run")
+    first = start(*command)
+    note = tmp_path / "run" / "running.json"
+    wait_for(lambda: note.exists() or first.poll() is not None)
+    second = call(*command)
+    said = f"is in use by process {first.pid} on {platform.node()}, since 20"
+    assert second.returncode == 1 and "Traceback" not in second.stderr
+    assert said in second.stderr.splitlines()[-1], second.stderr
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130 and "the same call continues it" in err
+    assert not note.exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    done = call("dpi_sample", tmp_path / "run", "--n", 4)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{str(path)!r} is damaged" in done.stderr
+    assert "give the command again that made it" in done.stderr
+
+
+def test_a_full_disk_while_sampling_is_named(trained, tmp_path, monkeypatch):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
+    sample = ("dpi_sample", trained, "--n", 96, "--steps", 2, "--out")
+    done = call(*sample, tmp_path / "a.npz", preexec_fn=limit)
+    array = tmp_path / "a.npz.parts" / "images.npy"
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{str(array)!r}: File too large" in done.stderr
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    zeros, array = lambda x, streams: 0 * x, tmp_path / "b.npz.parts" / "images.npy"
+    job = (zeros, 8, (1, 8, 8), tmp_path / "b.npz")
+    generate_samples(*job, batch_size=4, progress=False)
+    (array.parent / "done-000001").unlink()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="make room and start the same job again") as e:
+        generate_samples(*job, batch_size=4, progress=False)
+    assert e.value.errno == errno.ENOSPC
+    assert f"{str(array)!r} was not written: No space left" in e.value.strerror
+
+
 def test_sampling_is_the_same_when_killed_and_on_two_ranks(trained, tmp_path):
     sample = ("dpi_sample", trained, "--n", 96, "--steps", 40, "--sampler", "ddim-eta1", "--batch-size", 8, "--out")
     whole = call(*sample, tmp_path / "whole.npz", "--png", tmp_path / "png", "--grid", tmp_path / "grid.png")
@@ -91,7 +144,8 @@ def test_sampling_is_the_same_when_killed_and_on_two_ranks(trained, tmp_path):
 
     ranks = [start(*sample, tmp_path / "two.npz", env=dict(os.environ, RANK=str(r), WORLD_SIZE="2")) for r in range(2)]
     assert [p.wait(120) for p in ranks] == [0, 0]
-    assert (np.load(tmp_path / "two.npz")["arr_0"] == images).all()
+    two = np.load(tmp_path / "two.npz")["arr_0"]
+    assert np.abs(two.astype(int) - images).max() <= 1  # to rounding: one grey level
 
 
 def test_an_experiment_in_a_file_and_a_dry_run(tmp_path):
@@ -143,7 +197,9 @@ def test_a_disk_that_refuses_ends_with_a_sentence_and_can_be_mended(trained, tmp
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # every larger file fails with EFBIG
     done = call(*command, preexec_fn=limit)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "no checkpoint at step 40" in done.stderr and "the trained model was not written" in done.stderr
+    folder = str(tmp_path / "run" / "checkpoints")
+    assert f"no checkpoint at step 40: {folder!r} was not written" in done.stderr
+    assert "the trained model was not written" in done.stderr
     assert call(*command).returncode == 0 and weights(tmp_path / "run") == weights(trained)
 
 

@@ -297,6 +297,24 @@ def test_adm_loads_and_computes(name, new_order, tmp_path):
     assert (y - other).abs().max() > 1e-6  # the layouts are different networks
 
 
+def test_the_attention_order_is_asked_for_where_shapes_cannot_tell(tmp_path):
+    w = weights(adm_keys(1, 1, 32, (1, 2), 1, (1,), emb=False))
+    torch.save(w, tmp_path / "net.pt")
+    for heads in (dict(head_channels=32), dict(head_channels=None, n_heads=2)):
+        with pytest.raises(ValueError, match="with several heads") as e:
+            ADM.from_public(tmp_path / "net.pt", image_size=8, **heads)
+        said = str(e.value)
+        assert "new_attention_order=True for 64x64_diffusion.pt" in said
+        assert "new_attention_order=False for the other published files" in said
+        for file in "128x128 256x256 512x512 upsamplers LSUN classifiers".split():
+            assert file in said
+    one = ADM.from_public(tmp_path / "net.pt", image_size=8).double()  # of 64 channels
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    for order in (False, True):
+        by_hand = adm_reference(wide(w), x, head_channels=64, new_order=order)
+        torch.testing.assert_close(one(x), by_hand, rtol=1e-9, atol=1e-9)
+
+
 def test_number_of_heads_instead_of_their_width(tmp_path):
     w = weights(adm_keys(1, 1, 32, (1, 2), 1, (1,), emb=False))
     torch.save(w, tmp_path / "net.pt")
@@ -321,7 +339,10 @@ def test_drunet_of_public_size(name, shapes, n, settings, tmp_path):
 
 ADM_PAPER = dict(i=3, o=3, width=128, mult=(1, 2, 3, 4), n=1, attention=(2,))
 @pytest.mark.parametrize("name, arguments, n, told, settings", [
-    ("64x64_diffusion", dict(i=3, o=6, width=192, mult=(1, 2, 3, 4), n=3, attention=(1, 2, 3), classes=1000), 295_904_454, {},
+    ("64x64_diffusion",
+     dict(i=3, o=6, width=192, mult=(1, 2, 3, 4), n=3,
+          attention=(1, 2, 3), classes=1000),
+     295_904_454, dict(new_attention_order=True),
      dict(width=192, attention_at=(32, 16, 8), n_blocks=3, n_classes=1000, out_channels=6, new_attention_order=True, head_channels=64, resblock_updown=True)),
     ("128x128_diffusion", dict(i=3, o=6, width=256, mult=(1, 1, 2, 3, 4), n=2, attention=(2, 3, 4), classes=1000), None,
      dict(image_size=128, head_channels=None, n_heads=4, new_attention_order=False), dict(attention_at=(32, 16, 8), n_blocks=2, multipliers=(1, 1, 2, 3, 4))),
@@ -329,8 +350,11 @@ ADM_PAPER = dict(i=3, o=3, width=128, mult=(1, 2, 3, 4), n=1, attention=(2,))
      dict(attention_at=(32, 16, 8), n_classes=None, width=256)),
     ("512x512_diffusion", dict(i=3, o=6, width=256, mult=(0.5, 1, 1, 2, 2, 4, 4), n=2, attention=(4, 5, 6), classes=1000), None, dict(image_size=512, new_attention_order=False),
      dict(attention_at=(32, 16, 8), multipliers=(0.5, 1, 1, 2, 2, 4, 4), width=256)),
-    ("the paper's", dict(**ADM_PAPER, emb=False), 60_867_075, {}, dict(embedding=False, attention_at=(16,), width=128)),
-    ("the paper's, with MLP", ADM_PAPER, 68_156_163, {}, dict(embedding=True, scale_shift=True)),
+    ("the paper's", dict(**ADM_PAPER, emb=False), 60_867_075,
+     dict(new_attention_order=False),
+     dict(embedding=False, attention_at=(16,), width=128)),
+    ("the paper's, with MLP", ADM_PAPER, 68_156_163,
+     dict(new_attention_order=False), dict(embedding=True, scale_shift=True)),
 ])
 def test_adm_of_public_size(name, arguments, n, told, settings, tmp_path):
     net = ADM.from_public(empty_file(tmp_path / "net.pt", adm_keys(**arguments)), **told)
@@ -341,9 +365,11 @@ def test_adm_of_public_size(name, arguments, n, told, settings, tmp_path):
             assert {k: tuple(v.shape) for k, v in ADM(embedding="MLP" in name).state_dict().items()} == adm_keys(**arguments)
 
 
+TWO_HEADS = dict(image_size=8, head_channels=32, new_attention_order=False)
+PLAIN = adm_keys(1, 1, 32, (1, 2), 2, (), updown=False, scale_shift=False)
 CLASSES = {"drunet": (DRUNet, drunet_keys(1, 1, (4, 6, 8), 2), {}),
-           "adm": (ADM, adm_keys(1, 1, 32, (1, 2), 1, (1,), classes=5), dict(image_size=8, head_channels=32)),
-           "adm, plain": (ADM, adm_keys(1, 1, 32, (1, 2), 2, (), updown=False, scale_shift=False), dict(image_size=8, head_channels=32))}
+           "adm": (ADM, adm_keys(1, 1, 32, (1, 2), 1, (1,), classes=5), TWO_HEADS),
+           "adm, plain": (ADM, PLAIN, TWO_HEADS)}
 
 
 def some(shapes, which):
@@ -433,13 +459,18 @@ def test_files_that_are_no_checkpoints(cls, tmp_path):
 
 @pytest.mark.parametrize("old_format", [False, True])
 def test_as_a_dpi_model_both_sets_are_the_files(old_format, tmp_path):
+    plain = adm_keys(1, 1, 32, (1, 2), 1, (1,), emb=False)
+    told = adm_keys(1, 1, 32, (1, 2), 1, (1,), classes=5)
+    t, y = torch.tensor([0, 500, 999]), torch.tensor([0, 4, 2])
     file = tmp_path / "net.pt"
-    for cls, shapes, told, more in [(DRUNet, drunet_keys(1, 1, (4, 6, 8), 2), {}, ()),
-                                    (ADM, adm_keys(1, 1, 32, (1, 2), 1, (1,), emb=False), dict(image_size=8, head_channels=32), ()),
-                                    (ADM, adm_keys(1, 1, 32, (1, 2), 1, (1,), classes=5), dict(image_size=8, head_channels=32), (torch.tensor([0, 500, 999]), torch.tensor([0, 4, 2])))]:
+    small = drunet_keys(1, 1, (4, 6, 8), 2)
+    for cls, shapes, settings, more in [(DRUNet, small, {}, ()),
+                                        (ADM, plain, TWO_HEADS, ()),
+                                        (ADM, told, TWO_HEADS, (t, y))]:
         w = weights(shapes)
         torch.save(w, file, _use_new_zipfile_serialization=not old_format)
-        net, model = cls.from_public(file, **told), cls.from_public(file, dpi=True, **told)
+        net = cls.from_public(file, **settings)
+        model = cls.from_public(file, dpi=True, **settings)
         assert isinstance(model, DPI) and not model.training and not model.net.training
         params = dict(model.theta1.named_parameters())
         assert set(params) == set(w) and all(torch.equal(p, w[k]) and p.data_ptr() != model.net.get_parameter(k).data_ptr() for k, p in params.items())

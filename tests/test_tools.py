@@ -2,6 +2,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -352,3 +354,52 @@ def test_the_site_has_its_parts():
     assert set(html["theme"]) == {"light", "dark"} and html["code-fold"] and website["search"] and site["citation"]["url"]
     assert {"edit", "issue"} <= set(website["repo-actions"]) and website["repo-subdir"] == "nbs" and website["open-graph"] and website["twitter-card"]
     assert (ROOT / "nbs" / "404.qmd").is_file() and (ROOT / "nbs" / "index.ipynb").is_file()
+
+
+# -- run_tests -------------------------------------------------------------------------
+
+
+def test_a_failing_step_does_not_stop_the_others_and_all_failures_end_the_list(capfd):
+    import run_tests
+    step = lambda code: [sys.executable, "-c", code]
+    notebook = "print('\\t00_core.ipynb\\n\\t31_training.ipynb'); exit(3)"
+    test = "print('FAILED tests/test_x.py::test_y - assert 0\\n1 failed'); exit(1)"
+    fine, killed = "print('all is well')", "import os; os.kill(os.getpid(), 9)"
+    assert run_tests.main([("fine", step(fine)), ("also fine", step(fine))]) == 0
+    assert capfd.readouterr().err == ""
+    steps = [("notebooks", step(notebook)), ("fine", step(fine)),
+             ("killed", step(killed)), ("tests", step(test))]
+    assert run_tests.main(steps) == 1
+    said = capfd.readouterr()
+    assert "all is well" in said.out and said.out.splitlines()[-1] == "1 failed"
+    assert said.err.splitlines()[1:] == [
+        "FAILED: notebooks (exit status 3)",
+        "    00_core.ipynb", "    31_training.ipynb",
+        "FAILED: killed (exit status -9)",
+        "FAILED: tests (exit status 1)", "    tests/test_x.py::test_y"]
+
+
+def test_the_names_that_failed_are_found_in_what_nbdev_test_says(tmp_path):
+    "nbdev_test goes on after a notebook that fails, and run_tests reads its list."
+    import nbformat
+    import run_tests
+    from nbformat.v4 import new_code_cell, new_notebook
+    for name, source in (("a", "1 / 0"), ("b", "1 + 1"), ("c", "nowhere")):
+        nb = new_notebook(cells=[new_code_cell(source)])
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    command = [run_tests.BIN / "nbdev_test", "--path", tmp_path, "--n_workers", "0"]
+    status, failed = run_tests.run(list(map(str, command)), dict(os.environ))
+    assert status == 1 and failed == ["a.ipynb", "c.ipynb"]
+
+
+def test_a_process_left_behind_does_not_hold_the_tests_up():
+    import run_tests
+    leave = "import subprocess; subprocess.Popen(['sleep', '20']); print('done')"
+    start = time.monotonic()
+    assert run_tests.run([sys.executable, "-c", leave], dict(os.environ)) == (0, [])
+    assert time.monotonic() - start < 15
+
+
+def test_pytest_is_the_last_step():
+    import run_tests
+    assert "pytest" in run_tests.STEPS[-1][1] and run_tests.STEPS[-1][1][-1] == "tests"

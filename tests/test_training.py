@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import signal
@@ -19,7 +20,8 @@ from dpi_nbdev.checkpoints import Checkpoints, read_state
 from dpi_nbdev.data import digits
 from dpi_nbdev.diffusion import DiffusionLoss, VPDiffusion
 from dpi_nbdev.dpi import DPI
-from dpi_nbdev.training import Run, TrainingStopped, TrainSettings, train
+from dpi_nbdev.training import (Run, TrainingStopped, TrainSettings, every, lambda_log,
+                                sample_grid, train)
 
 SETTINGS = TrainSettings(steps=240, batch_size=8, ema=0.99)
 FORK = multiprocessing.get_context("forkserver")  # a server that has imported everything forks each child in milliseconds
@@ -137,6 +139,37 @@ def test_killed_at_many_instants_and_resumed_to_the_same_bits(straight, tmp_path
     assert torch.equal(end.losses, straight[0].losses) and end.held_out == straight[0].held_out
 
 
+def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(straight, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, slow=0.01)
+    until(lambda: checkpoints(out))
+    before = json.loads((out / "running.json").read_text())
+    with pytest.raises(BlockingIOError, match="is in use by process") as e:
+        run(out)
+    said, holder = str(e.value), f"process {process.pid} on {platform.node()}"
+    assert str(out) in said and holder in said and before["since"] in said
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert json.loads((out / "running.json").read_text()) == before  # the dead one's
+    end = run(out)  # takes over
+    assert torch.equal(end.losses, straight[0].losses)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in log if "loss" in l] == list(range(20, 241, 20))
+    assert not (out / "running.json").exists()
+
+
+def test_a_run_in_the_same_process_is_refused_too_and_the_first_goes_on(tmp_path):
+    few, said = replace(SETTINGS, steps=4), []
+
+    def again(step, average):
+        with pytest.raises(BlockingIOError) as e:
+            run(tmp_path / "run", few)
+        said.append(str(e.value))
+    assert len(run(tmp_path / "run", few, watch=[again]).losses) == 4
+    assert len(said) == 4 and all(f"process {os.getpid()} on" in s for s in said)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_told_to_stop(straight, tmp_path, number, code):
     process = start(tmp_path / "run", slow=0.01)
@@ -147,6 +180,7 @@ def test_told_to_stop(straight, tmp_path, number, code):
     said = (tmp_path / "run.said").read_text()
     assert f"training was stopped by {number.name} at step " in said and "the same call continues it" in said
     step = int(said.split("at step ")[1].split()[0])
+    assert not (tmp_path / "run" / "running.json").exists()
     assert checkpoints(tmp_path / "run")[-1].name.startswith(f"step-{step:09d}-")
     end = run(tmp_path / "run")
     assert torch.equal(end.losses, straight[0].losses)
@@ -212,6 +246,37 @@ def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
     assert torch.equal(run(tmp_path / "run", replace(few, steps=10)).losses, end.losses)  # and from there once more, with room
 
 
+def test_a_full_disk_is_named_by_whatever_is_written_on_the_way(tmp_path):
+    "/dev/full takes nothing: what a log or a curve would write there is a warning."
+    few = replace(SETTINGS, steps=3)
+    log, curve = tmp_path / "log.jsonl", tmp_path / "lambda.jsonl"
+    curve.symlink_to("/dev/full")
+
+    def fill(step, average):
+        log.unlink()
+        log.symlink_to("/dev/full")
+    watch = [every(3, lambda_log(tmp_path)), every(2, fill)]
+    with pytest.warns(UserWarning, match="training goes on") as caught:
+        run(tmp_path, few, watch=watch, log_every=1)
+    said = [str(w.message) for w in caught if "training goes on" in str(w.message)]
+    assert any(s.startswith(f"no log of step 3: {str(log)!r} was not") for s in said)
+    assert any(s.startswith(f"{str(curve)!r} was not written: No space") for s in said)
+
+
+def test_a_picture_that_finds_no_room_is_a_warning(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    monkeypatch.setattr(os, "fsync", full)
+    picture = sample_grid(tmp_path, lambda model: torch.zeros(4, 1, 8, 8))
+    path = tmp_path / "step-000000007.png"
+    with pytest.warns(UserWarning) as caught:
+        picture(7, None)
+    (said,) = [str(w.message) for w in caught]
+    why = "was not written: Disk quota exceeded; training goes on"
+    assert said == f"{str(path)!r} {why}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_limit_on_file_sizes_does_not_stop_a_run(tmp_path):
     process = start(tmp_path / "run", limit=4_000, settings=replace(SETTINGS, steps=12))
     process.join(60)
@@ -242,6 +307,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="a parameter stopped being finite at step 5 of 240; the last good checkpoint is .*step-000000004"):
         train(broken, DiffusionLoss(VPDiffusion()), digits().train, SETTINGS, tmp_path, save_every=1, watch=[poison], progress=False)
     assert len(checkpoints(tmp_path)) == 3
+    assert not (tmp_path / "running.json").exists()
 
 
 def test_compiled(tmp_path):
