@@ -26,9 +26,9 @@ SUMS = {
 ROUNDINGS = 4  # how far two ways of adding up the same numbers are apart
 
 
-def whole(x) -> bool:
-    "Small whole numbers: their sums and products are exact in any order."
-    return bool(((x == x.round()) & (x.abs() < 1000)).all())
+def few_digits(x) -> bool:
+    "Multiples of 1/64, none large: sums and products of these are exact in any order."
+    return bool(((64 * x == (64 * x).round()) & (x.abs() < 100)).all())
 
 
 class OtherKernels(TorchDispatchMode):
@@ -56,7 +56,7 @@ class OtherKernels(TorchDispatchMode):
         if func.overloadpacket.__name__ not in SUMS or "out" in kwargs:
             return out
         given = [v for v in args if plain(v)]
-        if not given or all(map(whole, given)):
+        if not given or all(map(few_digits, given)):
             return out
         move = lambda v: v * self.factor(v) if plain(v) else v
         return tuple(map(move, out)) if isinstance(out, tuple) else move(out)
