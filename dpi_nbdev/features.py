@@ -119,7 +119,8 @@ def _digit_network() -> nn.ModuleDict:
 # %% ../nbs/41_features.ipynb #e1422c82
 @functools.cache
 def _trained_digit_network() -> nn.ModuleDict:
-    "The network after 15 epochs on the training digits, float64; the same for everyone. Random state and thread count are left as they were."
+    """The network after 15 epochs on the training digits, in float64; the same for
+    everyone, to rounding. Random state and thread count are left as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,7 +144,8 @@ def _digit_input(images):
 
 # %% ../nbs/41_features.ipynb #a9ed9ac4
 class DigitFeatures(nn.Module):
-    "Features of 8×8 digits from a small classifier, trained in seconds when first asked for, the same on every machine. Needs no file."
+    """Features of 8×8 digits from a small classifier, trained in seconds when first
+    asked for; on every machine the same, to rounding. Needs no file."""
     name = "digit network"
     def __init__(self):
         super().__init__()

@@ -204,6 +204,16 @@ def coefs(self: Sampling, s):
     "The shares of data and noise at s, two floats; (1, 0) for None, clean data."
     return (1., 0.) if s is None else _numbers(self.process.coefs, s)
 
+_TWO_SIDED = ("{} joins two data sets, so there is no noise that this sampler "
+              "could begin with; take sample_ode or sample_sde")
+
+@patch
+def shares(self: Sampling, s):
+    "`coefs`, where they are two. Raises `ValueError` for a two-sided process."
+    found = self.coefs(s)
+    if len(found) != 2: raise ValueError(_TWO_SIDED.format(type(self.process).__name__))
+    return found
+
 @patch
 def fresh(self: Sampling, x):
     "Standard normal noise like x, each sample from its own stream."
@@ -259,7 +269,7 @@ def _check_answer(y, x, where):
 @torch.no_grad()
 def ddim(
     model: Callable,            # model(x, s) -> prediction, shape of x; s is one number, a tensor of shape ()
-    process,                    # the process that the model was trained on
+    process,                    # one-sided, what the model was trained on
     x_start: Tensor,            # standard normal noise, (B, ...), on any device
     steps: int | None = None,   # model calls, 1 to T; 50 if None; the paper takes 200
     *,
@@ -272,7 +282,7 @@ def ddim(
     run = Sampling(model, process, x_start, steps, **kwargs)
     x = x_start
     for s, then in run.pairs("ddim"):
-        (a, b), (a2, b2) = run.coefs(s), run.coefs(then)
+        (a, b), (a2, b2) = run.shares(s), run.shares(then)
         data, noise = run.guess(x, s, clip)
         fresh = (eta * b2 / b)**2 * (b**2 - (a * b2 / a2)**2)
         x = a2 * data + max(b2**2 - fresh, 0)**0.5 * noise
@@ -285,7 +295,7 @@ def ddim(
 @torch.no_grad()
 def ddpm(
     model: Callable,            # model(x, s) -> prediction, shape of x; s is one number, a tensor of shape ()
-    process,                    # the process that the model was trained on
+    process,                    # one-sided, what the model was trained on
     x_start: Tensor,            # standard normal noise, (B, ...), on any device
     steps: int | None = None,   # model calls, 1 to T; 50 if None
     *,
@@ -298,7 +308,7 @@ def ddpm(
     run = Sampling(model, process, x_start, steps, **kwargs)
     x = x_start
     for s, then in run.pairs("ddpm"):
-        (a, b), (a2, b2) = run.coefs(s), run.coefs(then)
+        (a, b), (a2, b2) = run.shares(s), run.shares(then)
         data, _ = run.guess(x, s, clip)
         between = b**2 - (a * b2 / a2)**2
         x = a2 * between / b**2 * data + a / a2 * (b2 / b)**2 * x
@@ -311,7 +321,7 @@ def ddpm(
 @torch.no_grad()
 def dpm_solver(
     model: Callable,            # model(x, s) -> prediction, shape of x; s is one number, a tensor of shape ()
-    process,                    # the process that the model was trained on
+    process,                    # one-sided, what the model was trained on
     x_start: Tensor,            # standard normal noise, (B, ...), on any device
     steps: int | None = None,   # model calls, 1 to T; 50 if None
     *,
@@ -322,7 +332,7 @@ def dpm_solver(
     run = Sampling(model, process, x_start, steps, **kwargs)
     x, before, h_before = x_start, None, None
     for s, then in run.pairs("dpm_solver"):
-        (a, b), (a2, b2) = run.coefs(s), run.coefs(then)
+        (a, b), (a2, b2) = run.shares(s), run.shares(then)
         data, _ = run.guess(x, s, clip)
         h = math.log(a2 * b / (b2 * a)) if a * b2 > 0 else math.inf
         straight = data if before is None or then is None else data + h / (2 * h_before) * (data - before)
@@ -336,7 +346,7 @@ def dpm_solver(
 @torch.no_grad()
 def random_walk(
     model: Callable,            # model(x, s) -> prediction, shape of x; s is one number, a tensor of shape ()
-    process,                    # the process that the model was trained on
+    process,                    # one-sided, what the model was trained on
     x_start: Tensor,            # standard normal noise, (B, ...), on any device
     steps: int | None = None,   # noise levels, 1 to T; 50 if None, but hundreds are needed
     *,
@@ -350,11 +360,11 @@ def random_walk(
     if not (0 < step_size <= 1 and 0 <= temperature < math.inf and isinstance(repeats, int) and repeats >= 1):
         raise ValueError(f"needs 0 < step_size <= 1, temperature >= 0 and a whole number of repeats >= 1; got {step_size}, {temperature} and {repeats}")
     run = Sampling(model, process, x_start, steps, **kwargs)
-    a, _ = run.coefs(run.steps[0])
+    a, _ = run.shares(run.steps[0])
     if a == 0: raise ValueError(f"at s = {run.steps[0]} there is no signal, so the noise level is infinite; give a list of steps that begins later")
     x = x_start / a
     for s, then in run.pairs("random_walk"):
-        (a, b), (a2, _) = run.coefs(s), run.coefs(then)
+        (a, b), (a2, _) = run.shares(s), run.shares(then)
         for _ in range(repeats):
             data, _ = run.guess(a * x, s, clip)
             x = x + step_size * (data - x) + (2 * step_size * temperature)**0.5 * b / a * run.fresh(x)

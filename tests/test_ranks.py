@@ -1,4 +1,8 @@
-"""Two CPU ranks under torchrun and gloo compute what one rank computes with the same batch."""
+"""Two CPU ranks under torchrun and gloo learn what one rank learns, to rounding.
+
+They see the same images. Half a batch is another shape, though, and the halves' mean
+another sum, so a gradient differs in its last bits, and Adam divides it by its size.
+"""
 import os
 import subprocess
 import sys
@@ -76,16 +80,17 @@ def out(tmp_path_factory):
 def test_two_ranks_are_one(out, case):
     one, first, second = (torch.load(out / f"{case}-{name}.pt", weights_only=True) for name in ("0of1", "0of2", "1of2"))
     for whole, a, b in zip(one["seen"], first["seen"], second["seen"]):
-        assert torch.equal(whole, torch.cat([a, b]))                              # the same images, in the same order
+        assert torch.equal(whole, torch.cat([a, b]))  # the same images, in this order
     for part in ("network", "average"):
-        assert all(torch.equal(first[part][k], second[part][k]) for k in first[part])   # in sync to the bit: θ⁰, θ¹, φ
+        for k in first[part]:  # in sync: both take the one gradient that was reduced
+            assert torch.equal(first[part][k], second[part][k])
         for k, v in one[part].items():
             torch.testing.assert_close(first[part][k], v, rtol=1e-3, atol=2e-5)
     assert torch.equal(first["losses"], second["losses"])
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     assert first["held_out"] == second["held_out"]
     torch.testing.assert_close(torch.tensor(first["held_out"]), torch.tensor(one["held_out"]), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(one["network"]["lam.phi"], torch.zeros(999))          # and φ did learn
+    assert one["network"]["lam.phi"].abs().max() > 0  # and φ did learn
 
 
 def test_a_nan_on_one_rank_stops_both(out):
