@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
     "monotone": "MonotoneLambda LinearLambda",
+    "sets": "ParameterSets select_parameters interpolate",
+    "ways": "LAYER_RULES affine_rule norm_rule",
     "dpi": "DPI param_groups check_exact",
     "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional",
     "drunet": "DRUNet OnesChannel Padded",
@@ -63,6 +65,8 @@ def __dir__():
 if TYPE_CHECKING:
     from dpi_nbdev.core import *
     from dpi_nbdev.monotone import *
+    from dpi_nbdev.sets import *
+    from dpi_nbdev.ways import *
     from dpi_nbdev.dpi import *
     from dpi_nbdev.conditioning import *
     from dpi_nbdev.drunet import *

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from fastcore.basics import patch
 
 from .dpi import DPI
+from .ways import LAYER_RULES, norm_rule
 from .drunet import load_exactly, read_checkpoint
 
 # %% ../nbs/12_adm.ipynb #84917a21
@@ -33,7 +34,10 @@ class GroupNorm32(nn.GroupNorm):
         x: Tensor,      # (B, channels, ...), any floating dtype
     ) -> Tensor:        # the same shape and dtype
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.group_norm(x.to(wide), 32, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
+        gain, shift = (p if p is None else p.to(wide) for p in (self.weight, self.bias))
+        return F.group_norm(x.to(wide), 32, gain, shift, self.eps).to(x.dtype)
+
+LAYER_RULES[GroupNorm32.forward] = norm_rule   # DPI: a gain and a shift for each sample
 
 # %% ../nbs/12_adm.ipynb #51ee6698
 class _Zero:

@@ -216,7 +216,8 @@ def _is_channels_last(model) -> bool:
 
 def _is_altered(module) -> bool:
     "Does the module carry what no description shows: hooks (other than DPI's guards), or a forward put on the instance?"
-    foreign = [h for h in module._forward_pre_hooks.values() if getattr(getattr(h, "func", None), "__module__", None) != DPI.__module__]
+    hooks = module._forward_pre_hooks.values()
+    foreign = [h for h in hooks if type(h).__module__ != DPI.__module__]
     return bool(foreign or module._forward_hooks or "forward" in vars(module))
 
 def _check_rebuilds(model, description):

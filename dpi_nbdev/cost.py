@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import COLORS, atomic_write, figure_style
 from .conditioning import TMap, TimestepMLP, Unconditional
-from .dpi import DPI, interpolate
+from .dpi import DPI
+from .sets import interpolate
 from .drunet import DRUNet
 from .adm import ADM
 

@@ -18,7 +18,8 @@ from fastcore.meta import delegates
 from tqdm import tqdm
 
 from .core import randn_like
-from .dpi import DPI, interpolate
+from .dpi import DPI
+from .sets import NotCopied
 
 # %% ../nbs/22_samplers.ipynb #8e4cb811
 class GaussianMixture:
@@ -232,19 +233,14 @@ def finish(self: Sampling, x):
 def _at_one_scalar(model):
     "at(s) -> the model at this scalar, a function of x alone. A DPI model is mixed into one plain network, once for each new s."
     if not isinstance(model, DPI): return lambda s: lambda x: model(x, s)
-    mixed = dict(s=None, net=None)
-    @torch.no_grad()
+    frozen = dict(s=None, net=None)
     def at(s):
-        if mixed["net"] is None:
-            try: mixed["net"] = model.freeze_at(s).requires_grad_(False)
-            except RuntimeError: return lambda x: model(x, s)      # a network that cannot be copied
-        elif s != mixed["s"]:
-            params, lam, (theta0, theta1) = dict(mixed["net"].named_parameters()), model.lam(s), model.theta()
-            for n in theta0:
-                if params[n].dtype in (torch.float32, torch.float64): torch.lerp(theta0[n], theta1[n], lam.to(params[n].dtype), out=params[n])
-                else: params[n].copy_(interpolate(theta0[n], theta1[n], lam))
-        mixed["s"] = s
-        return mixed["net"]
+        if frozen["net"] is None:
+            try: frozen["net"] = model.freeze_at(s).requires_grad_(False)
+            except NotCopied: return lambda x: model(x, s)
+        elif s != frozen["s"]: model.freeze_at(s, into=frozen["net"])
+        frozen["s"] = s
+        return frozen["net"]
     return at
 
 # %% ../nbs/22_samplers.ipynb #7aecb91b

@@ -116,7 +116,7 @@ class Weights:
             raise ValueError(_NO_SAMPLES.format(tuple(y.shape), len(self.each)))
         return self.each.view(-1, *[1] * (y.ndim - 1))
 
-# %% ../nbs/03_ways.ipynb #d9f84ce4
+# %% ../nbs/03_ways.ipynb #16d2a6bf
 class _OwnKernels(torch.autograd.Function):
     "A convolution with a kernel of its own for each sample, made a few at a time."
     @staticmethod
@@ -135,19 +135,21 @@ class _OwnKernels(torch.autograd.Function):
     def backward(ctx, to_y):
         x, w0, w1, lam = ctx.saved_tensors
         to_x, to_lam, to_both, to_w1 = [], [], 0, 0
+        wanted = ctx.needs_input_grad[0]   # not of a first layer
         for part, own, pull in zip(*(v.split(ctx.few) for v in (x, lam, to_y))):
             kernels = _kernels(w0, w1, own)
             grouped = {**ctx.settings, "groups": ctx.settings["groups"] * len(part)}
             back, to_kernels, _ = torch.ops.aten.convolution_backward(
                 _side_by_side(pull), _side_by_side(part), kernels, None,
-                *grouped.values(), [True, True, False])
-            to_x.append(back.view(part.shape))
+                *grouped.values(), [wanted, True, False])
+            to_x.append(back)
             to_kernels = to_kernels.view(len(part), -1)
             to_both = to_both + to_kernels.sum(0)
             to_w1 = to_w1 + own @ to_kernels
             to_lam.append(to_kernels @ (w1 - w0).flatten())
         to_w0 = (to_both - to_w1).view_as(w0)
-        return torch.cat(to_x), to_w0, to_w1.view_as(w1), torch.cat(to_lam), None
+        to_x = torch.cat([v.view(-1, *x.shape[1:]) for v in to_x]) if wanted else None
+        return to_x, to_w0, to_w1.view_as(w1), torch.cat(to_lam), None
 
 def _kernels(w0, w1, lam):
     "The kernels of several samples, one after the other along the first axis."
