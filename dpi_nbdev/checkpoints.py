@@ -18,8 +18,7 @@ from torch import nn, Tensor
 
 from fastcore.basics import patch
 
-from .build import sealed, unsealed
-from .core import atomic_write, output_folder
+from .core import atomic_write, output_folder, sealed, unsealed
 
 # %% ../nbs/28_checkpoints.ipynb #e507778e
 def _outline(tree, tensors, at=""):

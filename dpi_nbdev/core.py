@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'as_scalar', 'expand_scalar', 'uncompiled', 'seeded', 'randn_like', 'output_folder', 'atomic_write',
-           'figure_style', 'image_grid']
+           'sealed', 'unsealed', 'figure_style', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #ee878829
-import errno, functools, os, sys, tempfile
+import errno, functools, hashlib, json, os, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,11 @@ def as_scalar(
     "A real scalar condition as a tensor. Raises `TypeError` for a wrong kind, `ValueError` for NaN or a wrong shape."
     if not isinstance(s, (Tensor, int, float)) or isinstance(s, bool):
         raise TypeError(f"{name} must be a number or a tensor, got {type(s).__name__}")
-    s = torch.as_tensor(s, device=None if x is None else x.device)
+    device = torch.device("cpu") if x is None else x.device
+    if x is None and isinstance(s, Tensor): device = s.device
+    # A Python number has 53 bits and keeps them, where the device has such numbers.
+    wide = isinstance(s, float) and device.type != "mps"
+    s = torch.as_tensor(s, device=device, dtype=torch.float64 if wide else None)
     if s.dtype == torch.bool or s.is_complex():
         raise TypeError(f"{name} must be real (integer or floating), got dtype {s.dtype}")
     if x is not None and s.ndim and (s.ndim > 1 or x.ndim == 0 or len(s) != len(x)):
@@ -110,6 +114,58 @@ def _umask():
     "The process's umask: `mkstemp` makes private files, ours should have ordinary permissions."
     mask = os.umask(0); os.umask(mask)
     return mask
+
+# %% ../nbs/00_core.ipynb #5ea1ed02
+_NOTE, _BLANK = "dpi_nbdev", b"0" * 64
+
+def _checksum(
+    data: bytes,  # a whole file
+    at: int,      # where its 64 digits are, or will be
+) -> bytes:       # the digits
+    "SHA-256 of `data`, zeros standing in for the checksum itself."
+    total = hashlib.sha256(data[:at] + _BLANK)
+    total.update(memoryview(data)[at + len(_BLANK):])
+    return total.hexdigest().encode()
+
+def sealed(
+    state: dict,  # name -> tensor
+    **note,       # what else is to be remembered, as JSON
+) -> bytes:       # a safetensors file
+    "A state dict as a file that carries its own checksum."
+    from safetensors.torch import save
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    data = save(tensors, {_NOTE: json.dumps(note | {"sha256": _BLANK.decode()})})
+    at = data.index(_BLANK)   # in the header, which comes first
+    return data[:at] + _checksum(data, at) + data[at + len(_BLANK):]
+
+def unsealed(
+    path,                 # a safetensors file, from sealed or not
+) -> tuple[dict, dict]:   # the tensors by name, and the note
+    "What a file holds. Raises `ValueError`, naming it, when it is damaged."
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    data = Path(path).read_bytes()
+    try:
+        state = {k: v.clone() for k, v in load(data).items()}
+        note = _note(data)
+    except (SafetensorError, ValueError, RecursionError) as e:
+        raise ValueError(f"{str(path)!r} is not a whole safetensors file: {e}") from e
+    digits = str(note.get("sha256", "")).encode()
+    at = data.find(digits)
+    if digits and (at < 0 or digits != _checksum(data, at)):
+        raise ValueError(_DAMAGED.format(path=str(path)))
+    return state, note
+
+def _note(data: bytes) -> dict:
+    "The note in the header of a file; of an older file, the header's own entries."
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    entries = header.get("__metadata__") or {}
+    return json.loads(entries[_NOTE]) if _NOTE in entries else entries
+
+_DAMAGED = (
+    "{path!r} is damaged: its contents do not have the checksum that was saved with "
+    "them. Copy the file again from where it is whole, or save the model again (for a "
+    "run, give the command again that made it)")
 
 # %% ../nbs/00_core.ipynb #3a5870f8
 COLORS = dict(dpi="#0072B2", t_map="#D55E00", none="#999999", theta0="#56B4E9", theta1="#E69F00", good="#009E73", accent="#CC79A7")

@@ -36,7 +36,9 @@ def torch_flops(
     s=None,            # its scalar: number, () or (B,); None: the network takes x alone
 ) -> int:              # floating-point operations of one forward pass of the whole batch
     "FLOPs by `torch.utils.flop_counter`: 2 for each multiply-add of a matrix product or a convolution."
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: _call(model, x, s)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _call(model, x, s)   # a DPI model compares at its first call; not to be counted
+        with FlopCounterMode(display=False) as counter: _call(model, x, s)
     return counter.get_total_flops()
 
 def _call(model, x, s):
@@ -54,6 +56,7 @@ def paper_flops(
     pairs = [m for m in model.modules() if isinstance(m, DPI)]
     one_s = not isinstance(s, Tensor) or s.ndim == 0 or len(s.unique()) == 1
     if pairs and not one_s or any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules()): return None
+    with torch.no_grad(): _call(model, x, s)   # as in torch_flops
     macs, counted = 0, (m for m in model.modules() if not isinstance(m, skip))
     def add(m, args, y):
         nonlocal macs

@@ -28,7 +28,7 @@ from .sets import (NotCopied, ParameterSets, bare_modules, fresh_copy,
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
-# %% ../nbs/04_dpi.ipynb #872eac87
+# %% ../nbs/04_dpi.ipynb #c3b990c0
 _GRANULARITIES = {   # what may be asked for -> the ways it allows, best first
     "auto": ("layers", "vmap", "unique"), "per_sample": ("layers", "vmap"),
     "layers": ("layers",), "vmap": ("vmap",), "unique": ("unique",), "shared": ()}
@@ -70,7 +70,7 @@ class DPI(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         s = as_scalar(s, x)
-        inputs = Inputs.of((x, *args), kwargs, len(x) if x.ndim else None)
+        inputs = Inputs.of((x, *args), kwargs, x.shape[0] if x.ndim else None)
         way, grouped = self.choose(s, inputs), self.granularity == "auto"
         self.running = True
         try:
@@ -344,7 +344,7 @@ def _roundoff(device, params):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(torch.finfo(d).eps for d in dtypes)
 
-# %% ../nbs/04_dpi.ipynb #1cdb32bc
+# %% ../nbs/04_dpi.ipynb #fca13a20
 @patch
 def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     "The plain network with the state dict of eq. (2) at `s`."
@@ -354,7 +354,8 @@ def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     net, draw = self.network(), seeded(self.seed)
     params = dict(net.named_parameters())
     with torch.no_grad():
-        for k, p in mixed.items(): params[k].copy_(_wiggled(p, eps, draw))
+        for k, p in mixed.items():
+            params[k].copy_(_wiggled(p, eps, draw)).requires_grad_(p.requires_grad)
     before = {k: params[k].detach().clone() for k in mixed}
     inputs = Inputs([*inputs.leaves], inputs.spec, inputs.cut)
     inputs.leaves[0] = _wiggled(inputs.leaves[0], eps, draw)
@@ -706,7 +707,7 @@ def check_exact(
             worst = max(worst, error.item())
     return worst
 
-# %% ../nbs/04_dpi.ipynb #de0923f8
+# %% ../nbs/04_dpi.ipynb #93711599
 def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks (paper: 1e-5)

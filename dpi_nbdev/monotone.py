@@ -51,8 +51,11 @@ class LinearLambda(_Lambda):
     ):
         super().__init__(s_min, s_max)
 
-    def forward(self, s) -> Tensor:  # number or real tensor of any shape -> float32 of the same shape, in [0, 1]
-        return self.position(s).to(torch.float32)
+    def forward(self,
+        s,             # number or real tensor of any shape
+    ) -> Tensor:       # the same shape, in [0, 1]; float64 for a float64 s, else float32
+        exact = as_scalar(s).dtype == torch.float64
+        return self.position(s).to(torch.float64 if exact else torch.float32)
 
 # %% ../nbs/01_monotone.ipynb #7978feba
 class MonotoneLambda(_Lambda):

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 
 from .sets import ParameterSets, interpolate
 
-# %% ../nbs/03_ways.ipynb #8f36f9e8
+# %% ../nbs/03_ways.ipynb #00723825
 @dataclass
 class Inputs:
     "What a network is called with, beside its parameters."
@@ -55,7 +55,7 @@ class Inputs:
         args, kwargs = tree_unflatten(self.leaves, self.spec)
         return f(*args, **kwargs)
 
-def counts(v, n): return isinstance(v, Tensor) and v.ndim > 0 and len(v) == n
+def counts(v, n): return isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == n
 
 # %% ../nbs/03_ways.ipynb #9d9ff4aa
 _NO_SAMPLES = ("with a scalar per sample, every output of the network must have the"
@@ -164,7 +164,7 @@ def _settings(layer):
                 transposed=layer.transposed, output_padding=layer.output_padding,
                 groups=layer.groups)
 
-# %% ../nbs/03_ways.ipynb #c9bd577a
+# %% ../nbs/03_ways.ipynb #bfbe8426
 CALL, EACH, OWN = 6e6, 60, 110   # prices in floating-point operations
 AT_ONCE = 5e5                    # numbers in the kernels that are made at once
 
@@ -204,12 +204,12 @@ def _cheapest(layer, theta1, w, x):
 
 def _own_is_possible(layer, theta1, x):
     "May this convolution have a kernel for each sample?"
+    if x.device.type != "cpu" or not isinstance(layer, _CONVS): return False
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
-    plain = isinstance(layer, _CONVS) and layer.padding_mode == "zeros"
-    plain = plain and not isinstance(layer.padding, str) and "weight" in theta1
-    low = torch.is_autocast_enabled(x.device.type) or x.dtype != layer.weight.dtype
-    fits = x.device.type == "cpu" and layer.weight.is_floating_point()
-    return plain and fits and not (inner or low)
+    low = torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    whole = "weight" in theta1 and layer.weight.is_floating_point()
+    return plain and whole and not (inner or low)
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
           nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpi_nbdev.build import build_model, load_model, save_model, sealed, unsealed
+from dpi_nbdev.build import build_model, load_model, save_model
+from dpi_nbdev.core import sealed, unsealed
 from dpi_nbdev.conditioning import NCSNv2, TimestepMLP
 from dpi_nbdev.adm import ADM
 from dpi_nbdev.diffusion import VPDiffusion
