@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['torch_flops', 'paper_flops', 'paper_rows', 'LiveBytes', 'training_step', 'peak_memory', 'time_rounds',
-           'relative_times', 'Cost', 'cost_table', 'model_cost', 'cost_text', 'plot_cost', 'benchmark', 'machine_name',
-           'load_costs']
+           'relative_times', 'Cost', 'cost_table', 'model_cost', 'cost_text', 'plot_cost', 'benchmark_ways',
+           'benchmark', 'machine_name', 'load_costs']
 
 # %% ../nbs/32_cost.ipynb #d3d96cd8
 import copy, json, math, os, platform, statistics, time
@@ -17,7 +17,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +30,8 @@ from .dpi import DPI
 from .sets import interpolate
 from .drunet import DRUNet
 from .adm import ADM
+from .diffusion import VPDiffusion
+from .samplers import ddim
 
 # %% ../nbs/32_cost.ipynb #7ac41fbe
 def torch_flops(
@@ -322,6 +326,87 @@ def plot_cost(
     ax.axhline(1, color="k", lw=0.8); ax.set_xticks(range(len(kinds)), kinds); ax.set(ylabel=f"× {next(iter(table))}"); ax.grid(axis="x", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+# %% ../nbs/32_cost.ipynb #379eaf0f
+def benchmark_ways(
+    path,             # the JSON file to write
+    rounds: int = 7,  # of timing
+    compiled: bool = True,  # also under torch.compile, which takes minutes
+) -> dict:            # what was written: facts, and network -> way -> ratio to plain
+    "Times a training step in every way of running, on one thread, and writes ratios."
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    digits, pixels = torch.randn(64, 1, 8, 8), torch.randn(64, 3, 32, 32)
+    adm = dict(n_blocks=1, attention_at=(4,), head_channels=32, image_size=8)
+    networks = {
+        "DRUNet (24, 64, 128), 8×8": (DRUNet(1, 1, (24, 64, 128), 2), digits),
+        "ADM (32, 64), 8×8": (ADM(1, 1, 32, (1, 2), **adm), digits),
+        "DRUNet (16, 32, 64), 32×32": (DRUNet(3, 3, (16, 32, 64), 1), pixels)}
+    facts = dict(date=date.today().isoformat(), machine=machine_name("cpu"), threads=1,
+                 torch=torch.__version__, batch=64, rounds=rounds)
+    facts |= dict(steps={}, sampling={})
+    for name, (net, x) in networks.items():
+        calls = {k: _backward(f) for k, f in _ways(net, x, compiled).items()}
+        times = relative_times(calls, rounds)
+        facts["steps"][name] = {k: ratio for k, (_, ratio) in times.items()}
+        facts["sampling"][name] = _sampling_ratio(net, x[:16], rounds)
+        with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1))
+    torch.set_num_threads(threads)
+    return facts
+
+def _backward(f):
+    "A function that runs `f`, forward and backward."
+    return lambda: f().square().mean().backward()
+
+def _ways(net, x, compiled):
+    "name -> forward pass of DPI on `net`, or of what one would write instead."
+    eight = torch.arange(64) // 8 * 140
+    each = torch.arange(64) * 999 // 63
+    def forced(granularity):
+        model = DPI(copy.deepcopy(net), granularity=granularity)
+        return lambda: model(x, each)
+    model, forms = DPI(copy.deepcopy(net)), _parametrized(copy.deepcopy(net))
+    calls = {"plain": lambda: net(x), "one scalar": lambda: model(x, 300),
+             "one scalar, parametrize": lambda: forms(x),
+             "8 groups": lambda: model(x, eight), "layers": lambda: model(x, each),
+             "vmap": forced("vmap"),
+             "stacked weights": lambda: _stacked(model, net, x, each)}
+    if compiled:
+        quick = torch.compile(DPI(copy.deepcopy(net), granularity="layers"))
+        calls["layers, compiled"] = lambda: quick(x, each)
+    return calls
+
+def _stacked(model, net, x, s):
+    "Weights for each sample, and vmap over functional_call."
+    theta0, theta1 = model.theta()
+    lam = model.lam(s)
+    mix = lambda a, b: interpolate(a[None], b[None], lam.view(-1, *[1] * a.ndim))
+    theta = {n: mix(p, theta1[n]) for n, p in theta0.items()}
+    one = lambda theta, x: functional_call(net, theta, (x[None],))[0]
+    with sdpa_kernel(SDPBackend.MATH):
+        return vmap(one, randomness="different")(theta, x)
+
+def _parametrized(net):
+    "The network with each parameter computed from two, by torch.nn.utils.parametrize."
+    class Mix(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.other = nn.Parameter(p.detach().clone())
+        def forward(self, p): return interpolate(p, self.other, torch.tensor(0.3))
+    for module in list(net.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            parametrize.register_parametrization(module, name, Mix(p))
+    return net
+
+def _sampling_ratio(net, x, rounds, steps=20):
+    "Time of sampling with DPI against sampling with the plain network."
+    model = DPI(copy.deepcopy(net)).eval()
+    plain = Unconditional(copy.deepcopy(net)).eval()
+    process, quiet = VPDiffusion(), dict(progress=False)
+    calls = {"plain": lambda: ddim(plain, process, x, steps, **quiet),
+             "DPI": lambda: ddim(model, process, x, steps, **quiet)}
+    return relative_times(calls, rounds)["DPI"][1]
 
 # %% ../nbs/32_cost.ipynb #5ce490d3
 _GPU_MODES = {"float32": {}, "bfloat16": dict(autocast=torch.bfloat16), "bfloat16, compiled": dict(autocast=torch.bfloat16, compile={}),

@@ -135,7 +135,7 @@ def _redrawn(net, names):
     if stuck: raise ValueError(_NOT_FRESH.format(_few(stuck)))
     return params
 
-# %% ../nbs/02_sets.ipynb #0068339a
+# %% ../nbs/02_sets.ipynb #c82b434f
 def deep_copy(
     net: nn.Module,  # any network
 ) -> nn.Module:
@@ -162,6 +162,7 @@ def fresh_copy(
 
 def _forgetting(net):
     "`net`, switched to training and back: there networks drop what they have computed."
+    if all(type(m).train is nn.Module.train for m in net.modules()): return net
     modes = [(m, m.training) for m in net.modules()]
     net.train().eval()
     for m, mode in modes: m.training = mode
