@@ -220,7 +220,7 @@ table{{border-collapse:collapse}} th,td{{padding:.35rem .7rem;text-align:right;b
 interpolating between two parameter sets (DPI). Same batches of {batch}, same {steps:,} steps, same noise. ε-MSE: mean ± standard deviation over {seeds} noise seeds on {held} held-out digits,
 averaged over the schedule. Confident: a classifier with {accuracy:.1%} accuracy on held-out digits gives its first choice a probability of at least 0.8.</p>
 <div class="wide">{table}</div>{figures}
-<footer><p>DPI has twice the parameters of the t map, and a training step costs about twice as much when each image has its own t; sampling costs the same. Seed {seed}. {versions}</p></footer></html>"""
+<footer><p>DPI has twice the parameters of the t map, and a training step costs up to twice as much when each image has its own t; sampling costs the same. Seed {seed}. {versions}</p></footer></html>"""
 
 def _html_table(rows):
     cells = lambda row, tag: "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)

@@ -28,7 +28,7 @@ from .sets import (NotCopied, ParameterSets, bare_modules, fresh_copy,
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
-# %% ../nbs/04_dpi.ipynb #c3b990c0
+# %% ../nbs/04_dpi.ipynb #e8de42a9
 _GRANULARITIES = {   # what may be asked for -> the ways it allows, best first
     "auto": ("layers", "vmap", "unique"), "per_sample": ("layers", "vmap"),
     "layers": ("layers",), "vmap": ("vmap",), "unique": ("unique",), "shared": ()}
@@ -71,7 +71,7 @@ class DPI(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         s = as_scalar(s, x)
         inputs = Inputs.of((x, *args), kwargs, x.shape[0] if x.ndim else None)
-        way, grouped = self.choose(s, inputs), self.granularity == "auto"
+        way, grouped = self._choose(s, inputs), self.granularity == "auto"
         self.running = True
         try:
             with _no_checkpoints():
@@ -530,7 +530,7 @@ def is_random(self:_Comparison):
     one, other = answers
     return _difference(other, one, one, self.eps) is not None
 
-# %% ../nbs/04_dpi.ipynb #e1fb16d6
+# %% ../nbs/04_dpi.ipynb #7d4e84a2
 @dataclass
 class _Kind:
     "What is known about one kind of call."
@@ -548,17 +548,17 @@ def several(
     return bool((s != s[0]).any())
 
 @patch
-def choose(self:DPI, s, inputs):
+def _choose(self:DPI, s, inputs):
     "The way in which a call runs, found by comparison at the first call of its kind."
     if parametrize._cache_enabled: _refuse_cache(self.sets.modules)
     if several(s): _check_cut(inputs, len(s))
     hidden = s.is_meta or torch.compiler.is_compiling()
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
-    if not self.check or hidden or inner: return self.ways(s)[0]
-    kind = self.kind_of(s, inputs)
+    if not self.check or hidden or inner: return self._ways(s)[0]
+    kind = self._kind_of(s, inputs)
     inputs.cut = kind.cut
-    for way in self.ways(s, kind):
-        if way not in kind.verdicts: self.examine(kind, [way], s, inputs.take([0, -1]))
+    for way in self._ways(s, kind):
+        if way not in kind.verdicts: self._examine(kind, [way], s, inputs.take([0, -1]))
         if kind.verdicts[way] is None: return way
     faults = [f"{way}: {v}" for way, v in kind.verdicts.items()]
     raise ValueError(_INEXACT.format("; ".join(faults)))
@@ -595,26 +595,26 @@ def _structure(inputs):
         return v if isinstance(v, (type(None), bool, str)) else type(v)
     return (inputs.spec, *map(looks, inputs.leaves), *inputs.cut)
 
-# %% ../nbs/04_dpi.ipynb #f654d75c
+# %% ../nbs/04_dpi.ipynb #14821f0c
 @patch
-def kind_of(self:DPI, s, inputs):
+def _kind_of(self:DPI, s, inputs):
     "What is known about this kind of call; found out if it is the first."
     modes = tuple([m.training for m in self.sets.modules])
     low = torch.is_autocast_enabled(s.device.type)
     key = several(s), torch.is_grad_enabled(), low, modes, _structure(inputs)
-    if key not in self.kinds: self.kinds[key] = self.look(s, inputs)
+    if key not in self.kinds: self.kinds[key] = self._look(s, inputs)
     return self.kinds[key]
 
 @patch
 @uncompiled
-def look(self:DPI, s, inputs):
+def _look(self:DPI, s, inputs):
     "A first look at a kind of call: what is cut, and which way is exact."
     n_args = len(tree_leaves(inputs.positional()))
     positional = [c and several(s) and k < n_args for k, c in enumerate(inputs.cut)]
     for cut in (inputs.cut, positional):
         kind, both = _Kind(cut), Inputs(inputs.leaves, inputs.spec, cut)
         if any(cut): both = both.take([0, len(inputs.leaves[0]) - 1])
-        try: self.examine(kind, self.ways(s), s, both)
+        try: self._examine(kind, self._ways(s), s, both)
         except Exception as e:   # the second reading's is the one that the user sees
             if cut == positional or _is_out_of_memory(e): raise
             continue
@@ -622,10 +622,10 @@ def look(self:DPI, s, inputs):
         if cut == positional: break
     raise ValueError(_MIXES.format(kind.verdicts["alone"]))
 
-# %% ../nbs/04_dpi.ipynb #757c0cab
+# %% ../nbs/04_dpi.ipynb #d777f2e4
 @patch
 @uncompiled
-def examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
+def _examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
     "Adds the verdicts on these ways."
     running, self.running = self.running, True
     try:
@@ -635,23 +635,23 @@ def examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
                 found = trial.verdicts(ways)
                 if None in found.values(): break
             if None in found.values() or not trial.is_random(): break
-        else: return self.trust(kind, ways, "it draws random numbers in eval mode")
+        else: return self._trust(kind, ways, "it draws random numbers in eval mode")
         if not any(isinstance(v, Tensor) for v in trial.references[0].leaves):
-            self.trust(kind, ways, "its output has no tensors")
-    except NotCopied as e: return self.trust(kind, ways, str(e))
+            self._trust(kind, ways, "its output has no tensors")
+    except NotCopied as e: return self._trust(kind, ways, str(e))
     finally: self.running = running
     kind.work, kind.calls = trial.watch.work, trial.watch.calls
     kind.verdicts |= found
 
 @patch
-def trust(self:DPI, kind, ways, reason):
+def _trust(self:DPI, kind, ways, reason):
     "Nothing can be compared: says so, once."
     if not self.warned: warnings.warn(_UNCOMPARED.format(reason), stacklevel=7)
     self.warned, kind.verdicts[ways[0]] = True, None
 
-# %% ../nbs/04_dpi.ipynb #f2ae2287
+# %% ../nbs/04_dpi.ipynb #dd5c28b5
 @patch
-def ways(self:DPI, s, kind=None):
+def _ways(self:DPI, s, kind=None):
     "The ways in which a call with these scalars may run, best first."
     if not several(s): return ["shared"]
     ways = [*_GRANULARITIES[self.granularity]]
@@ -660,11 +660,11 @@ def ways(self:DPI, s, kind=None):
     if tied: ways.remove("unique")
     if not ways: raise ValueError(_TIED)
     if len(ways) > 1 and two_set_layers(self.sets) is None: ways.remove("layers")
-    if ways == ["vmap", "unique"] and kind and self.few(s, kind): ways.reverse()
+    if ways == ["vmap", "unique"] and kind and self._few(s, kind): ways.reverse()
     return ways
 
 @patch
-def few(self:DPI, s, kind):
+def _few(self:DPI, s, kind):
     "Are there so few different scalars that a run for each is cheaper than vmap?"
     numbers = sum(p.numel() for p in self.theta1.parameters())
     each = kind.calls * CALL + EACH * numbers
@@ -677,10 +677,10 @@ def plan(self:DPI,
     "How a call with `s` runs, as far as is known: the first call of its kind decides."
     s = as_scalar(s)
     bad = {w for kind in self.kinds.values() for w, v in kind.verdicts.items() if v}
-    ways = self.ways(s, next(reversed(self.kinds.values()), None))
+    ways = self._ways(s, next(reversed(self.kinds.values()), None))
     return next((w for w in ways if w not in bad), ways[0])
 
-# %% ../nbs/04_dpi.ipynb #a6f2023a
+# %% ../nbs/04_dpi.ipynb #a213a9be
 @torch.no_grad()
 def check_exact(
     model: DPI,       # in eval mode, or without dropout and batch norm
@@ -693,7 +693,7 @@ def check_exact(
     cloned = inputs.map(torch.clone, every=True)
     answer = cloned.call(lambda x, *args, **kwargs: model(x, s, *args, **kwargs))
     y = tree_leaves(answer)
-    model.choose(s, inputs)   # finds out which inputs are cut
+    model._choose(s, inputs)   # finds out which inputs are cut
     theta0, theta1 = model.theta()
     worst = 0.
     for i, w in enumerate(model.lam(s)):
@@ -707,7 +707,7 @@ def check_exact(
             worst = max(worst, error.item())
     return worst
 
-# %% ../nbs/04_dpi.ipynb #93711599
+# %% ../nbs/04_dpi.ipynb #55be6bef
 def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks (paper: 1e-5)

@@ -168,9 +168,11 @@ def _forgetting(net):
     for m, mode in modes: m.training = mode
     return net
 
-# %% ../nbs/02_sets.ipynb #476a3bbf
+# %% ../nbs/02_sets.ipynb #f84f55a3
 class ParameterSets:
     "The parameter sets of one network, mixed here and put in its places here."
+    run: Callable; freeze: Callable[..., nn.Module]   # below; for type checkers
+
     def __init__(self,
         net: nn.Module,     # the network, which holds θ⁰
         theta1: nn.Module,  # θ¹ under the same names, see `second_set`

@@ -116,7 +116,7 @@ class Weights:
             raise ValueError(_NO_SAMPLES.format(tuple(y.shape), len(self.each)))
         return self.each.view(-1, *[1] * (y.ndim - 1))
 
-# %% ../nbs/03_ways.ipynb #16d2a6bf
+# %% ../nbs/03_ways.ipynb #c22815a8
 class _OwnKernels(torch.autograd.Function):
     "A convolution with a kernel of its own for each sample, made a few at a time."
     @staticmethod
@@ -128,7 +128,7 @@ class _OwnKernels(torch.autograd.Function):
             kernels = _kernels(w0, w1, own)
             grouped = {**settings, "groups": settings["groups"] * len(part)}
             wide = torch.convolution(_side_by_side(part), kernels, None, **grouped)
-            y.append(wide.view(len(part), -1, *wide.shape[2:]))
+            y.append(wide.reshape(len(part), -1, *wide.shape[2:]))
         return torch.cat(y)
 
     @staticmethod
@@ -143,12 +143,13 @@ class _OwnKernels(torch.autograd.Function):
                 _side_by_side(pull), _side_by_side(part), kernels, None,
                 *grouped.values(), [wanted, True, False])
             to_x.append(back)
-            to_kernels = to_kernels.view(len(part), -1)
+            to_kernels = to_kernels.reshape(len(part), -1)
             to_both = to_both + to_kernels.sum(0)
             to_w1 = to_w1 + own @ to_kernels
             to_lam.append(to_kernels @ (w1 - w0).flatten())
         to_w0 = (to_both - to_w1).view_as(w0)
-        to_x = torch.cat([v.view(-1, *x.shape[1:]) for v in to_x]) if wanted else None
+        parts = [v.reshape(-1, *x.shape[1:]) for v in to_x if v is not None]
+        to_x = torch.cat(parts) if parts else None
         return to_x, to_w0, to_w1.view_as(w1), torch.cat(to_lam), None
 
 def _kernels(w0, w1, lam):
