@@ -105,9 +105,13 @@ def atomic_write(
         os.replace(tmp, path)
     except BaseException as e:
         Path(tmp).unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"the disk is full: {str(path)!r} was not written (an older file of that name is untouched)") from e
+        if isinstance(e, OSError) and e.errno and e.filename is None:
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else e.strerror
+            raise OSError(e.errno, _UNWRITTEN.format(why, str(path))) from e
         raise
+
+_UNWRITTEN = "{}: {!r} was not written (an older file of that name is untouched)"
 
 # %% ../nbs/00_core.ipynb #bd02f972
 def _umask():

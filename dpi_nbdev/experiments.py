@@ -19,6 +19,7 @@ import torch
 from torch import nn, Tensor
 
 from .build import build_model, load_model, save_model
+from .checkpoints import alone_in
 from .core import atomic_write, output_folder, seeded
 from .cost import model_cost
 from .data import ImageSplit, load_images
@@ -202,7 +203,8 @@ def run_experiment(
     channels = data.train.shape[1]
     model, objective = e.make_model(channels).to(device), e.make_objective()
     objective(lambda x, s: torch.zeros_like(x), data.train[:1].expand(e.training.batch_size, -1, -1, -1), seeded(0))   # refuses draws that do not fit the batch
-    _claim(output_folder(out), e)
+    if _is_first_rank():
+        with alone_in(output_folder(out)): _claim(out, e)   # not while another runs here
     first = start_noise(16, (channels, e.size, e.size), sample_streams(e.training.seed, range(16))).to(device)
     look = lambda model: e.sample(model, first, sample_streams(e.training.seed, range(16)), steps=min(50, e.sampler_steps), progress=False)
     trained = train(model, objective, data.train, e.training, out=out, held_out=data.held_out[:2048] if len(data.held_out) else None, check_every=watch_every, save_every=save_every, progress=progress,
@@ -227,7 +229,6 @@ def _refuse_others(out, e):
 
 def _claim(out, e):
     "Writes experiment.yaml and environment.json."
-    if not _is_first_rank(): return
     with atomic_write(out / "experiment.yaml") as tmp: tmp.write_text(to_yaml(e), encoding="utf-8")
     with atomic_write(out / "environment.json") as tmp: tmp.write_text(json.dumps(environment(), indent=1), encoding="utf-8")
 

@@ -273,8 +273,8 @@ def test_a_picture_that_finds_no_room_is_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning) as caught:
         picture(7, None)
     (said,) = [str(w.message) for w in caught]
-    why = "was not written: Disk quota exceeded; training goes on"
-    assert said == f"{str(path)!r} {why}"
+    why = "was not written (an older file of that name is untouched)"
+    assert said == f"the disk is full: {str(path)!r} {why}; training goes on"
     assert list(tmp_path.iterdir()) == []
 
 
