@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPI', 'several', 'check_exact', 'param_groups']
 
-# %% ../nbs/04_dpi.ipynb #ec4ca9d4
+# %% ../nbs/04_dpi.ipynb #09fadb01
 import copy, random, warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,8 +23,8 @@ from fastcore.basics import patch
 
 from .core import as_scalar, seeded, uncompiled
 from .monotone import MonotoneLambda
-from .sets import (NotCopied, ParameterSets, bare_modules, fresh_copy,
-                            second_set, select_parameters)
+from .sets import (NotCopied, ParameterSets, bare_modules, deep_copy,
+                            fresh_copy, second_set, select_parameters, settled)
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
@@ -114,7 +114,7 @@ def extra_repr(self:DPI):
 @patch
 def __getstate__(self:DPI): return {**self.__dict__, "kinds": {}}   # a copy looks again
 
-# %% ../nbs/04_dpi.ipynb #1292a21c
+# %% ../nbs/04_dpi.ipynb #8e67fb3a
 def _check_net(net):
     "Raises for a network of which no comparison could tell that DPI is wrong about it."
     if not isinstance(net, nn.Module):
@@ -124,18 +124,60 @@ def _check_net(net):
             if is_kind(m): raise TypeError(complaint.format(type(m).__name__))
     if any(isinstance(p, nn.UninitializedParameter) for p in net.parameters()):
         raise ValueError(_LAZY)
-    lies = {_storage(p): n for n, p in net.named_parameters() if p.numel()}
-    for name, b in net.named_buffers():
-        owner = b.numel() and lies.get(_storage(b))
-        if owner: raise ValueError(_VIEW.format(name, owner))
+    for name, p in net.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise ValueError(_HOOKED.format(name))
+    _check_memory(net)
+    if any(type(m).train is not nn.Module.train for m in net.modules()):
+        _check_train(net)
+
+def _check_memory(net):
+    "Raises if something that is kept lies in a parameter's memory."
+    lies = sorted((*_span(p), n) for n, p in net.named_parameters() if _span(p))
+    for (_, end, one), (start, _, other) in zip(lies, lies[1:]):
+        if start < end: raise ValueError(_VIEW.format(other, one))
+    own = {id(p) for p in net.parameters()}
+    for path, module in net.named_modules():
+        kept = {k: v for k, v in vars(module).items() if k not in _HELD}
+        for name, value in (kept | module._buffers).items():
+            for v in tree_leaves(value):
+                span = None if id(v) in own else _span(v)
+                owner = span and next((n for a, b, n in lies if a <= span[0] < b), None)
+                if owner: raise ValueError(_VIEW.format(f"{path}.{name}", owner))
+
+_HELD = ("_parameters", "_buffers", "_modules")
+
+def _span(v):
+    "First and last address of a tensor or an array; None if it has none."
+    if isinstance(v, np.ndarray): return v.__array_interface__["data"][0], 0
+    if not isinstance(v, Tensor) or _storage(v) is None or not v.numel(): return None
+    try: start = v.data_ptr()
+    except RuntimeError: return None
+    last = sum((n - 1) * k for n, k in zip(v.shape, v.stride()))
+    return (start, start + (last + 1) * v.element_size()) if start else None
 
 def _storage(t):
     "Which memory a tensor lies in; None for a kind without."
     try: return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError): return None
 
+def _check_train(net):
+    "Raises if train() or eval() writes to parameters: it would reach θ⁰ only."
+    try: twin = deep_copy(net)
+    except NotCopied: return
+    before = dict(net.named_parameters())
+    for mode in (True, False):
+        twin.train(mode)
+        for name, p in twin.named_parameters():
+            if p.is_meta or torch.equal(p, before[name]): continue
+            raise ValueError(_MERGES.format(name))
+
 _LAZY = "the network has lazy layers: run it once on an example before wrapping it"
-_VIEW = ("the buffer {!r} shares its memory with the parameter {!r} and would not"
+_HOOKED = ("the parameter {!r} has a hook, which would act on θ⁰ only: register hooks"
+           " on the DPI model's parameters instead, after wrapping")
+_MERGES = ("train() or eval() rewrites the network's parameter {!r} (a low-rank update"
+           " that is merged?), which would happen to θ⁰ only: undo it before wrapping")
+_VIEW = ("{!r} of the network shares its memory with the parameter {!r} and would not"
          " follow when that is interpolated")
 _REFUSED = [
     (lambda m: isinstance(m, torch.jit.ScriptModule),
@@ -278,14 +320,14 @@ class _Watch(TorchFunctionMode):
 _REACHES = ("a copy of the network still uses the parameter {!r} of the original"
             " (through a closure?), so it would not see that parameter interpolated")
 
-# %% ../nbs/04_dpi.ipynb #0bddbac6
+# %% ../nbs/04_dpi.ipynb #d2b8b756
 class _Comparison:
     "Eq. (2) done in several ways, at two scalars, with parameters near the model's."
     def __init__(self, model, inputs, s, seed, calm):  # calm: everything in eval mode
         self.model, self.seed, self.calm = model, seed, calm
         self.grads, self.several = torch.is_grad_enabled(), several(s)
         draw = seeded(seed)
-        self.inputs = inputs.map(lambda v: v.detach().clone(), every=True)
+        self.inputs = Inputs([*map(_own, inputs.leaves)], inputs.spec, inputs.cut)
         self.inputs.leaves[0] = _near(inputs.leaves[0], draw)
         self.a, self.b = self.scalars = _two_scalars(model.lam, s)
         leaf = lambda p: _near(p, draw).requires_grad_(self.grads and p.requires_grad)
@@ -306,8 +348,8 @@ class _Comparison:
 
     def started(self, inputs):
         "Clones of the inputs, and where the gradients of the first end."
-        inputs = inputs.map(torch.clone, every=True)
-        x = inputs.leaves[0].detach()
+        inputs = Inputs([*map(_own, inputs.leaves)], inputs.spec, inputs.cut)
+        x = inputs.leaves[0]
         real = x.is_floating_point() or x.is_complex()
         x.requires_grad_(self.grads and real)
         inputs.leaves[0] = x.clone()   # the network may change it in place
@@ -326,7 +368,13 @@ class _Comparison:
         stack.enter_context(_no_checkpoints())
         return stack
 
-# %% ../nbs/04_dpi.ipynb #dbaf5cc8
+# %% ../nbs/04_dpi.ipynb #45cae3b2
+def _own(v):
+    "A copy of an input, where that can be had."
+    if isinstance(v, Tensor): return v.detach().clone()
+    try: return v if isinstance(v, PLAIN) else copy.deepcopy(v)
+    except Exception: return v   # whatever its __deepcopy__ says: it is handed on
+
 def _fix_statistics(net):
     "Batch norm with statistics that do not come from the batch."
     for m in net.modules():
@@ -344,7 +392,7 @@ def _roundoff(device, params):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(torch.finfo(d).eps for d in dtypes)
 
-# %% ../nbs/04_dpi.ipynb #fca13a20
+# %% ../nbs/04_dpi.ipynb #97218ded
 @patch
 def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     "The plain network with the state dict of eq. (2) at `s`."
@@ -356,6 +404,7 @@ def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     with torch.no_grad():
         for k, p in mixed.items():
             params[k].copy_(_wiggled(p, eps, draw)).requires_grad_(p.requires_grad)
+    settled(net)
     before = {k: params[k].detach().clone() for k in mixed}
     inputs = Inputs([*inputs.leaves], inputs.spec, inputs.cut)
     inputs.leaves[0] = _wiggled(inputs.leaves[0], eps, draw)
@@ -384,7 +433,7 @@ _REWRITES = ("the network rewrites its parameter {!r} during the forward pass, w
              " would be lost on interpolated parameters (max_norm of an embedding,"
              " clamping, normalised weights written back?)")
 
-# %% ../nbs/04_dpi.ipynb #d3e3b186
+# %% ../nbs/04_dpi.ipynb #59d81b9c
 @patch
 def reference(self:_Comparison, eps=0.):
     "What a way of running must give: one sample after the other, or all at one scalar."
@@ -410,17 +459,20 @@ def by(self:_Comparison, way):
     params = dict(net.named_parameters())
     with torch.no_grad():
         for n, p in self.theta0.items(): params[n].copy_(p)
+    settled(net)
     second = {n: nn.Parameter(p.detach().clone(), p.requires_grad)
               for n, p in self.theta1.items()}
     sets = ParameterSets(net, bare_modules(second), list(self.theta0))
     buffers = {n: b.clone() for n, b in net.named_buffers()}
     for scalars in ([self.b, self.a], [self.a, self.b]):
+        now = dict(net.named_buffers())
         with torch.no_grad():
-            for n, b in net.named_buffers(): b.copy_(buffers[n])
+            for n, b in buffers.items(): now[n].copy_(b)
         s = torch.stack(scalars) if self.several else scalars[0]
         inputs, x = self.started(self.inputs)
         with self.conditions(): y = run(way, sets, self.lam, s, inputs)
-        changed = [n for n, b in net.named_buffers() if not torch.equal(b, buffers[n])]
+        now = dict(net.named_buffers())
+        changed = [n for n, b in buffers.items() if not torch.equal(b, now[n])]
         if changed and way == "unique": raise ValueError(_UPDATES.format(changed[0]))
     if way == "vmap" and _holds_vmapped(net): raise ValueError(_KEEPS)
     leaves, spec = tree_flatten(y)
@@ -439,13 +491,15 @@ _UPDATES = ("the network updates its buffer {!r}, which groups of equal s would 
             " for each: use one scalar for the batch; net.eval() helps if it does so in"
             " training mode only")
 
-# %% ../nbs/04_dpi.ipynb #e1be662d
+# %% ../nbs/04_dpi.ipynb #53a48086
 def _difference(got, want, near, eps):  # three answers: on trial, reference, wiggled
     "A sentence that says where `got` is off by more than rounding; None if nowhere."
     if got.spec != want.spec: return "the output has another structure"
     for k, (a, b, c) in enumerate(zip(got.leaves, want.leaves, near.leaves)):
         name = "the output" if len(want.leaves) == 1 else f"output {k}"
         if not isinstance(b, Tensor):
+            later = callable(a) or hasattr(a, "__next__")
+            if later: return f"{name} runs after the call, when θ⁰ is back in its place"
             if type(a) is not type(b) or (isinstance(b, PLAIN) and a != b):
                 return f"{name} is {a!r} instead of {b!r}"
         elif a.shape != b.shape:

@@ -27,18 +27,19 @@ from fastcore.basics import patch
 
 from .sets import ParameterSets, interpolate
 
-# %% ../nbs/03_ways.ipynb #00723825
+# %% ../nbs/03_ways.ipynb #16e33098
 @dataclass
 class Inputs:
     "What a network is called with, beside its parameters."
     leaves: list   # tensors and plain values, flattened
     spec: Any      # how (args, kwargs) are put together again
     cut: list      # for each leaf: does its first axis count the samples?
+    given: Any = None   # (args, kwargs) as the caller has them
 
     @classmethod
     def of(cls, args, kwargs, n=None):  # n: the number of samples; None: nothing is cut
         leaves, spec = tree_flatten((args, kwargs))
-        return cls(leaves, spec, [counts(v, n) for v in leaves])
+        return cls(leaves, spec, [counts(v, n) for v in leaves], (args, kwargs))
 
     def map(self, f, every=False):
         "`f` of the tensors that are cut; with `every` of all tensors."
@@ -52,7 +53,7 @@ class Inputs:
 
     def call(self, f):
         "f(*args, **kwargs)."
-        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        args, kwargs = self.given or tree_unflatten(self.leaves, self.spec)
         return f(*args, **kwargs)
 
 def counts(v, n): return isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == n
