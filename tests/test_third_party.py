@@ -337,7 +337,8 @@ def vit_max():
                                         dim_conv_stem=8, window_size=2)
 
 
-@network("denoising_diffusion_pytorch", picture, whole(1000, B).double(), modes=(False,))
+@network("denoising_diffusion_pytorch", picture, whole(1000, B).double(),
+         modes=(False,))
 def karras_unet():
     module = bare("denoising_diffusion_pytorch", "karras_unet")
     return module.KarrasUnet(image_size=8, dim=8, dim_max=16, channels=3, dropout=0.,
