@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DPI', 'several', 'check_exact', 'param_groups']
 
-# %% ../nbs/04_dpi.ipynb #09fadb01
-import copy, random, warnings
+# %% ../nbs/04_dpi.ipynb #bb11ebf3
+import copy, itertools, random, warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -114,7 +114,7 @@ def extra_repr(self:DPI):
 @patch
 def __getstate__(self:DPI): return {**self.__dict__, "kinds": {}}   # a copy looks again
 
-# %% ../nbs/04_dpi.ipynb #8e67fb3a
+# %% ../nbs/04_dpi.ipynb #301f7c4b
 def _check_net(net):
     "Raises for a network of which no comparison could tell that DPI is wrong about it."
     if not isinstance(net, nn.Module):
@@ -125,6 +125,7 @@ def _check_net(net):
     if any(isinstance(p, nn.UninitializedParameter) for p in net.parameters()):
         raise ValueError(_LAZY)
     for name, p in net.named_parameters():
+        if p.layout != torch.strided: raise ValueError(_SPARSE.format(name))
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             raise ValueError(_HOOKED.format(name))
     _check_memory(net)
@@ -143,7 +144,8 @@ def _check_memory(net):
             for v in tree_leaves(value):
                 span = None if id(v) in own else _span(v)
                 owner = span and next((n for a, b, n in lies if a <= span[0] < b), None)
-                if owner: raise ValueError(_VIEW.format(f"{path}.{name}", owner))
+                place = f"{path}.{name}" if path else name
+                if owner: raise ValueError(_VIEW.format(place, owner))
 
 _HELD = ("_parameters", "_buffers", "_modules")
 
@@ -173,11 +175,12 @@ def _check_train(net):
             raise ValueError(_MERGES.format(name))
 
 _LAZY = "the network has lazy layers: run it once on an example before wrapping it"
+_SPARSE = "the parameter {!r} is sparse, and its zeros would be interpolated too"
 _HOOKED = ("the parameter {!r} has a hook, which would act on θ⁰ only: register hooks"
            " on the DPI model's parameters instead, after wrapping")
 _MERGES = ("train() or eval() rewrites the network's parameter {!r} (a low-rank update"
            " that is merged?), which would happen to θ⁰ only: undo it before wrapping")
-_VIEW = ("{!r} of the network shares its memory with the parameter {!r} and would not"
+_VIEW = ("{!r} shares its memory with the parameter {!r} and would not"
          " follow when that is interpolated")
 _REFUSED = [
     (lambda m: isinstance(m, torch.jit.ScriptModule),
@@ -267,7 +270,7 @@ def _same_draws(seed, device):
             random.setstate(python)
             np.random.set_state(arrays)
 
-# %% ../nbs/04_dpi.ipynb #5a0c8f3b
+# %% ../nbs/04_dpi.ipynb #8e91af43
 @dataclass
 class _Answer:
     "What a network returned, and the gradients of a random sum of it."
@@ -284,7 +287,8 @@ def _random_sum(leaves, rows=slice(None), n=None):
     for k, v in enumerate(leaves):
         if not (isinstance(v, Tensor) and v.requires_grad): continue
         shape = v.shape if n is None else (n, *v.shape[1:])
-        weights = torch.randn(shape, generator=seeded(k))[rows].to(v)
+        weights = torch.randn(shape, generator=seeded(k)).to(v)
+        if n is not None: weights = weights[rows]
         total = total + (v.conj() * weights).sum().real
     return total
 
@@ -549,7 +553,7 @@ def _is_out_of_memory(e):
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
     return any(t in str(e).lower() for t in ("out of memory", "can't allocate memory"))
 
-# %% ../nbs/04_dpi.ipynb #0f877d69
+# %% ../nbs/04_dpi.ipynb #560d75b3
 @patch
 def mixing(self:_Comparison):
     "What of the samples together is not as it is alone, at one scalar; or None."
@@ -576,15 +580,30 @@ def verdicts(self:_Comparison, ways):
     return found
 
 @patch
+def runs(self:_Comparison, way):
+    "Does a way of running come to an end at all?"
+    try: self.by(way)
+    except Exception as e:
+        if _is_out_of_memory(e): raise
+        return False
+    return True
+
+@patch
 def is_random(self:_Comparison):
     "Does the plain network answer differently when it draws other numbers?"
     answers, seed = [], self.seed
     for self.seed in (seed, seed + 100): answers.append(self.plain(self.a, self.inputs))
     self.seed = seed
-    one, other = answers
-    return _difference(other, one, one, self.eps) is not None
+    pairs = zip(*(v.leaves for v in answers))
+    return any(_unlike(a, b, self.eps) for a, b in pairs if not callable(a))
 
-# %% ../nbs/04_dpi.ipynb #7d4e84a2
+def _unlike(a, b, eps):
+    "Are two leaves of an output more apart than rounding?"
+    if isinstance(a, PLAIN): return a != b
+    if not isinstance(a, Tensor): return False
+    return a.shape != b.shape or _excess(a, b, b, eps) is not None
+
+# %% ../nbs/04_dpi.ipynb #b5b9cd09
 @dataclass
 class _Kind:
     "What is known about one kind of call."
@@ -606,7 +625,8 @@ def _choose(self:DPI, s, inputs):
     "The way in which a call runs, found by comparison at the first call of its kind."
     if parametrize._cache_enabled: _refuse_cache(self.sets.modules)
     if several(s): _check_cut(inputs, len(s))
-    hidden = s.is_meta or torch.compiler.is_compiling()
+    empty = not inputs.leaves[0].numel()
+    hidden = s.is_meta or torch.compiler.is_compiling() or empty
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
     if not self.check or hidden or inner: return self._ways(s)[0]
     kind = self._kind_of(s, inputs)
@@ -617,7 +637,7 @@ def _choose(self:DPI, s, inputs):
     faults = [f"{way}: {v}" for way, v in kind.verdicts.items()]
     raise ValueError(_INEXACT.format("; ".join(faults)))
 
-# %% ../nbs/04_dpi.ipynb #22726e4f
+# %% ../nbs/04_dpi.ipynb #ddbdbaea
 _INEXACT = ("with this network and these inputs DPI would not be exact. What differs"
             " from eq. (2) computed with plain copies of the network: {}")
 _MIXES = ("the network mixes the samples of a batch, so they cannot have parameters of"
@@ -630,6 +650,7 @@ _TIED = ("batch norm in training mode ties the samples together, so they cannot 
          " net.eval()")
 _CACHED = ("parametrize.cached() keeps the weights of one scalar for all: call the DPI"
            " model outside of it")
+_RANDOM = "it draws random numbers in eval mode"
 _UNCOMPARED = "DPI could not compare this network with eq. (2) and runs unchecked: {}"
 
 def _refuse_cache(modules):
@@ -649,7 +670,7 @@ def _structure(inputs):
         return v if isinstance(v, (type(None), bool, str)) else type(v)
     return (inputs.spec, *map(looks, inputs.leaves), *inputs.cut)
 
-# %% ../nbs/04_dpi.ipynb #14821f0c
+# %% ../nbs/04_dpi.ipynb #b0deac37
 @patch
 def _kind_of(self:DPI, s, inputs):
     "What is known about this kind of call; found out if it is the first."
@@ -663,20 +684,31 @@ def _kind_of(self:DPI, s, inputs):
 @uncompiled
 def _look(self:DPI, s, inputs):
     "A first look at a kind of call: what is cut, and which way is exact."
-    n_args = len(tree_leaves(inputs.positional()))
-    positional = [c and several(s) and k < n_args for k, c in enumerate(inputs.cut)]
-    for cut in (inputs.cut, positional):
+    failures = []
+    for cut in self._readings(s, inputs):
         kind, both = _Kind(cut), Inputs(inputs.leaves, inputs.spec, cut)
         if any(cut): both = both.take([0, len(inputs.leaves[0]) - 1])
         try: self._examine(kind, self._ways(s), s, both)
-        except Exception as e:   # the second reading's is the one that the user sees
-            if cut == positional or _is_out_of_memory(e): raise
+        except Exception as e:
+            if _is_out_of_memory(e): raise
+            failures.append(e)
             continue
         if "alone" not in kind.verdicts: return kind
-        if cut == positional: break
-    raise ValueError(_MIXES.format(kind.verdicts["alone"]))
+        failures.append(ValueError(_MIXES.format(kind.verdicts["alone"])))
+    ours = [e for e in failures if isinstance(e, ValueError)]
+    raise (ours or failures[-1:])[0]
 
-# %% ../nbs/04_dpi.ipynb #d777f2e4
+@patch
+def _readings(self:DPI, s, inputs):
+    "What may be cut: all that has as many rows as samples, or some by keyword not."
+    if not several(s): return [inputs.cut, [False] * len(inputs.cut)]
+    n_args = len(tree_leaves(inputs.positional()))
+    unsure = [k for k, c in enumerate(inputs.cut) if c and k >= n_args][:4]
+    choices = itertools.product((True, False), repeat=len(unsure))
+    readings = [dict(zip(unsure, choice)) for choice in choices]
+    return [[c and r.get(k, True) for k, c in enumerate(inputs.cut)] for r in readings]
+
+# %% ../nbs/04_dpi.ipynb #1de3a4c7
 @patch
 @uncompiled
 def _examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
@@ -689,19 +721,23 @@ def _examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
                 found = trial.verdicts(ways)
                 if None in found.values(): break
             if None in found.values() or not trial.is_random(): break
-        else: return self._trust(kind, ways, "it draws random numbers in eval mode")
+        else:
+            for way in ways:
+                if trial.runs(way): return self._trust(kind, way, _RANDOM)
+                kind.verdicts[way] = "it does not run"
+            return
         if not any(isinstance(v, Tensor) for v in trial.references[0].leaves):
-            self._trust(kind, ways, "its output has no tensors")
-    except NotCopied as e: return self._trust(kind, ways, str(e))
+            self._trust(kind, ways[0], "its output has no tensors")
+    except NotCopied as e: return self._trust(kind, ways[0], str(e))
     finally: self.running = running
     kind.work, kind.calls = trial.watch.work, trial.watch.calls
     kind.verdicts |= found
 
 @patch
-def _trust(self:DPI, kind, ways, reason):
+def _trust(self:DPI, kind, way, reason):
     "Nothing can be compared: says so, once."
     if not self.warned: warnings.warn(_UNCOMPARED.format(reason), stacklevel=7)
-    self.warned, kind.verdicts[ways[0]] = True, None
+    self.warned, kind.verdicts[way] = True, None
 
 # %% ../nbs/04_dpi.ipynb #dd5c28b5
 @patch

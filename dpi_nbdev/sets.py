@@ -135,7 +135,7 @@ def _redrawn(net, names):
     if stuck: raise ValueError(_NOT_FRESH.format(_few(stuck)))
     return params
 
-# %% ../nbs/02_sets.ipynb #c270fc78
+# %% ../nbs/02_sets.ipynb #0c042004
 def deep_copy(
     net: nn.Module,  # any network
 ) -> nn.Module:
@@ -150,6 +150,10 @@ def deep_copy(
     try: return copy.deepcopy(net, memo)
     except (RuntimeError, TypeError) as e:
         raise NotCopied(f"{type(net).__name__} cannot be copied: {e}") from e
+
+def _kept(net):
+    "How many tensors its modules hold beside parameters and buffers."
+    return sum(isinstance(v, Tensor) for m in net.modules() for v in vars(m).values())
 
 class NotCopied(RuntimeError):
     "A network of which there is no copy."
@@ -224,7 +228,7 @@ _UNTIED = ("{!r} was tied to another parameter when the network was wrapped and 
            " any more (load_state_dict with assign=True?): tie them again, or load"
            " without assign")
 
-# %% ../nbs/02_sets.ipynb #ebae86df
+# %% ../nbs/02_sets.ipynb #e36814ce
 @patch
 def run(self:ParameterSets,
     theta: dict,   # name -> tensor, as from `at`
@@ -243,6 +247,8 @@ def freeze(self:ParameterSets,
     into: nn.Module | None = None,  # what an earlier call returned, to be mixed again
 ) -> nn.Module:
     "A plain network with the mixed parameters; it shares nothing with this one."
+    # What it has begun to keep while it ran was computed from other parameters.
+    if into is not None and _kept(into) > _kept(self.net): into = None
     plain = fresh_copy(self.net) if into is None else into
     params = dict(plain.named_parameters())
     self.at(w, {n: params[n] for n in self.places})
