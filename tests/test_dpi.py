@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpi_nbdev import DPI, LinearLambda, MonotoneLambda, check_exact
 from dpi_nbdev import dpi as engine
+from dpi_nbdev import ways
 
 quiet = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -106,31 +107,52 @@ def test_random_networks_agree_with_the_plain_reference(seed):
     for granularity in ("auto", "vmap", "unique"):
         model = moved(copy.deepcopy(net), granularity=granularity)
         assert check_exact(model, x, s) < 1e-10
-    if model.plan(s) == "layers":
+    if seed % 2 == 0:    # a wrong rule must not hide behind a way that is right
         assert check_exact(moved(net, granularity="layers"), x, s) < 1e-10
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_gradients_of_random_networks(seed):
     s = torch.tensor([0.3, 0.8, 0.3, 0.1])
-    for granularity in ("auto", "per_sample", "unique"):
+    for granularity in ("auto", "layers", "vmap", "unique"):
+        if granularity == "layers" and seed % 2: continue
         torch.manual_seed(seed)
         x = rand(4, 4, 8, 8)
         agrees(lambda: random_net(seed), s, x, granularity=granularity, training=False)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_gradients_do_not_depend_on_how_it_runs(seed):
+@pytest.mark.parametrize("seed", range(0, 8, 2))
+@pytest.mark.parametrize("cheap", ["own", "groups", "twice"])
+def test_gradients_do_not_depend_on_how_it_runs(seed, cheap, monkeypatch):
+    "φ's among them; a layer's own kernels, its groups, and both sets on everything."
+    price = {"own": (1e9, 1e9, 0), "groups": (0, 0, 1e9), "twice": (1e9, 1e9, 1e9)}
+    for name, value in zip(("CALL", "EACH", "OWN"), price[cheap]):
+        monkeypatch.setattr(ways, name, value)
     torch.manual_seed(seed)
-    x, s = rand(4, 4, 8, 8), torch.rand(4)
-    net, grads = random_net(seed), []
-    for granularity in ("per_sample", "unique"):
+    x, s = rand(6, 4, 8, 8), torch.tensor([0.7, 0.2, 0.7, 0.9, 0.2, 0.7])
+    net, found = random_net(seed), []
+    for granularity in ("unique", "auto"):
         model = moved(copy.deepcopy(net), granularity=granularity)
         model.lam = MonotoneLambda(11, 0, 1).double()
-        model(x, s).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        y = model(x, s)
+        y.square().sum().backward()
+        found.append([y, *[p.grad for p in model.parameters()]])
+    assert model.plan(s) == "layers"
+    assert model.lam.phi.grad.abs().sum() > 0
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_layer_runs_in_groups_where_that_is_cheapest(groups, monkeypatch):
+    model, calls = moved(nn.Sequential(nn.Conv2d(4, 4, 3))), []
+    monkeypatch.setattr(ways, "CALL", 0 if groups else 1e12)
+    monkeypatch.setattr(ways, "OWN", 1e12)
+    x, s = rand(6, 4, 8, 8), torch.tensor([0.7, 0.2, 0.7, 0.9, 0.2, 0.7])
+    model(x, s)
+    count = lambda *a: calls.append(a[1].shape[0]) or F.conv2d(*a[1:2], *a[2:4])
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *a: count(*a))
+    model(x, s)
+    assert calls == ([2, 3, 1] if groups else [6, 6])
 
 
 # ---- odd networks
