@@ -356,6 +356,20 @@ def test_an_output_whose_structure_depends_on_the_sample_is_refused_later_too():
     with pytest.raises(ValueError, match="same plain values"): model(x, S)
 
 
+def test_weights_that_were_untied_or_are_cached_are_refused():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    model, x = moved(net), rand(2, 3)
+    model(x, 0.5)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="was tied to another parameter"): model(x, 0.5)
+    normed = moved(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    normed(x, 0.5)
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="cached"):
+        normed(x, 0.9)
+
+
 # ---- buffers
 
 def test_a_buffer_that_changes_is_not_changed_once_for_each_group():
@@ -463,7 +477,7 @@ def test_running_out_of_memory_is_passed_on_and_changes_nothing(kind, when):
     def hungry(net, x):
         if left.calls is not None and len(x) >= (1 if when == "comparison" else 3):
             left.calls -= 1
-            if left.calls < 0: raise oom(kind)
+            if left.calls == -1: raise oom(kind)      # once: it is transient
         return net.body(x)
     model, x = moved(Small(hungry), granularity="auto"), rand(3, 3)
     for calls in range(12 if when == "comparison" else 1):   # at every single run
@@ -474,7 +488,7 @@ def test_running_out_of_memory_is_passed_on_and_changes_nothing(kind, when):
             assert str(e) == str(oom(kind)) and type(e) is type(oom(kind))
             verdicts = [v for k in model.kinds.values() for v in k.verdicts.values()]
             assert not any(verdicts)     # nothing is said against any way
-        else: assert when == "comparison" and calls > 6
+        else: assert when == "comparison" and calls > 8   # it ran nine times
         left.calls = None
     assert not model.running
     model(x, S)
@@ -610,7 +624,7 @@ def test_parallel_wrappers_belong_outside():
         dist.init_process_group("gloo", f"file://{folder}/at", rank=0, world_size=1)
         try:
             inner = nn.parallel.DistributedDataParallel(nn.Linear(3, 3))
-            with pytest.raises(TypeError, match=r"DataParallel\(DPI\(net\)\)"): DPI(inner)
+            with pytest.raises(TypeError, match="wrap the other way round"): DPI(inner)
             outer = nn.parallel.DistributedDataParallel(moved(nn.Linear(3, 3)))
             outer(rand(2, 3), torch.tensor([0.2, 0.7])).sum().backward()
             grads = [p.grad for p in outer.module.theta1.parameters()]
@@ -658,6 +672,16 @@ def test_the_comparison_finds_a_wrong_parameter_of_one_percent(monkeypatch):
     for granularity, s in (("auto", S), ("unique", S), ("auto", 0.5)):
         with pytest.raises(ValueError, match="is off by"):
             moved(Small(), torch.float32, granularity=granularity)(torch.randn(3, 3), s)
+
+
+def test_a_way_is_on_trial_three_times(monkeypatch):
+    "Rounding that flips a decision may spoil one comparison, or two."
+    true_fault = engine._Comparison.fault
+    unlucky = lambda self, way: "bad luck" if self.seed < 2 else true_fault(self, way)
+    monkeypatch.setattr(engine._Comparison, "fault", unlucky)
+    model = moved(Small())
+    model(rand(3, 3), S)
+    assert model.plan(S) == "vmap"
 
 
 def test_the_comparison_looks_away_from_zeros_and_equal_sets():
