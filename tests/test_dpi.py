@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpi_nbdev import DPI, LinearLambda, MonotoneLambda, check_exact
 from dpi_nbdev import dpi as engine
+from dpi_nbdev import ways
 
 quiet = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
@@ -106,31 +107,52 @@ def test_random_networks_agree_with_the_plain_reference(seed):
     for granularity in ("auto", "vmap", "unique"):
         model = moved(copy.deepcopy(net), granularity=granularity)
         assert check_exact(model, x, s) < 1e-10
-    if model.plan(s) == "layers":
+    if seed % 2 == 0:    # a wrong rule must not hide behind a way that is right
         assert check_exact(moved(net, granularity="layers"), x, s) < 1e-10
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_gradients_of_random_networks(seed):
     s = torch.tensor([0.3, 0.8, 0.3, 0.1])
-    for granularity in ("auto", "per_sample", "unique"):
+    for granularity in ("auto", "layers", "vmap", "unique"):
+        if granularity == "layers" and seed % 2: continue
         torch.manual_seed(seed)
         x = rand(4, 4, 8, 8)
         agrees(lambda: random_net(seed), s, x, granularity=granularity, training=False)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_gradients_do_not_depend_on_how_it_runs(seed):
+@pytest.mark.parametrize("seed", range(0, 8, 2))
+@pytest.mark.parametrize("cheap", ["own", "groups", "twice"])
+def test_gradients_do_not_depend_on_how_it_runs(seed, cheap, monkeypatch):
+    "φ's among them; a layer's own kernels, its groups, and both sets on everything."
+    price = {"own": (1e9, 1e9, 0), "groups": (0, 0, 1e9), "twice": (1e9, 1e9, 1e9)}
+    for name, value in zip(("CALL", "EACH", "OWN"), price[cheap]):
+        monkeypatch.setattr(ways, name, value)
     torch.manual_seed(seed)
-    x, s = rand(4, 4, 8, 8), torch.rand(4)
-    net, grads = random_net(seed), []
-    for granularity in ("per_sample", "unique"):
+    x, s = rand(6, 4, 8, 8), torch.tensor([0.7, 0.2, 0.7, 0.9, 0.2, 0.7])
+    net, found = random_net(seed), []
+    for granularity in ("unique", "auto"):
         model = moved(copy.deepcopy(net), granularity=granularity)
         model.lam = MonotoneLambda(11, 0, 1).double()
-        model(x, s).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        y = model(x, s)
+        y.square().sum().backward()
+        found.append([y, *[p.grad for p in model.parameters()]])
+    assert model.plan(s) == "layers"
+    assert model.lam.phi.grad.abs().sum() > 0
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_layer_runs_in_groups_where_that_is_cheapest(groups, monkeypatch):
+    model, calls = moved(nn.Sequential(nn.Conv2d(4, 4, 3))), []
+    monkeypatch.setattr(ways, "CALL", 0 if groups else 1e12)
+    monkeypatch.setattr(ways, "OWN", 1e12)
+    x, s = rand(6, 4, 8, 8), torch.tensor([0.7, 0.2, 0.7, 0.9, 0.2, 0.7])
+    model(x, s)
+    count = lambda *a: calls.append(a[1].shape[0]) or F.conv2d(*a[1:2], *a[2:4])
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *a: count(*a))
+    model(x, s)
+    assert calls == ([2, 3, 1] if groups else [6, 6])
 
 
 # ---- odd networks
@@ -334,6 +356,20 @@ def test_an_output_whose_structure_depends_on_the_sample_is_refused_later_too():
     with pytest.raises(ValueError, match="same plain values"): model(x, S)
 
 
+def test_weights_that_were_untied_or_are_cached_are_refused():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    model, x = moved(net), rand(2, 3)
+    model(x, 0.5)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="was tied to another parameter"): model(x, 0.5)
+    normed = moved(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    normed(x, 0.5)
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="cached"):
+        normed(x, 0.9)
+
+
 # ---- buffers
 
 def test_a_buffer_that_changes_is_not_changed_once_for_each_group():
@@ -441,7 +477,7 @@ def test_running_out_of_memory_is_passed_on_and_changes_nothing(kind, when):
     def hungry(net, x):
         if left.calls is not None and len(x) >= (1 if when == "comparison" else 3):
             left.calls -= 1
-            if left.calls < 0: raise oom(kind)
+            if left.calls == -1: raise oom(kind)      # once: it is transient
         return net.body(x)
     model, x = moved(Small(hungry), granularity="auto"), rand(3, 3)
     for calls in range(12 if when == "comparison" else 1):   # at every single run
@@ -452,7 +488,7 @@ def test_running_out_of_memory_is_passed_on_and_changes_nothing(kind, when):
             assert str(e) == str(oom(kind)) and type(e) is type(oom(kind))
             verdicts = [v for k in model.kinds.values() for v in k.verdicts.values()]
             assert not any(verdicts)     # nothing is said against any way
-        else: assert when == "comparison" and calls > 6
+        else: assert when == "comparison" and calls > 8   # it ran nine times
         left.calls = None
     assert not model.running
     model(x, S)
@@ -588,7 +624,7 @@ def test_parallel_wrappers_belong_outside():
         dist.init_process_group("gloo", f"file://{folder}/at", rank=0, world_size=1)
         try:
             inner = nn.parallel.DistributedDataParallel(nn.Linear(3, 3))
-            with pytest.raises(TypeError, match=r"DataParallel\(DPI\(net\)\)"): DPI(inner)
+            with pytest.raises(TypeError, match="wrap the other way round"): DPI(inner)
             outer = nn.parallel.DistributedDataParallel(moved(nn.Linear(3, 3)))
             outer(rand(2, 3), torch.tensor([0.2, 0.7])).sum().backward()
             grads = [p.grad for p in outer.module.theta1.parameters()]
@@ -636,6 +672,16 @@ def test_the_comparison_finds_a_wrong_parameter_of_one_percent(monkeypatch):
     for granularity, s in (("auto", S), ("unique", S), ("auto", 0.5)):
         with pytest.raises(ValueError, match="is off by"):
             moved(Small(), torch.float32, granularity=granularity)(torch.randn(3, 3), s)
+
+
+def test_a_way_is_on_trial_three_times(monkeypatch):
+    "Rounding that flips a decision may spoil one comparison, or two."
+    true_fault = engine._Comparison.fault
+    unlucky = lambda self, way: "bad luck" if self.seed < 2 else true_fault(self, way)
+    monkeypatch.setattr(engine._Comparison, "fault", unlucky)
+    model = moved(Small())
+    model(rand(3, 3), S)
+    assert model.plan(S) == "vmap"
 
 
 def test_the_comparison_looks_away_from_zeros_and_equal_sets():
