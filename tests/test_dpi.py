@@ -363,7 +363,7 @@ def test_weights_that_were_untied_or_are_cached_are_refused():
     model(x, 0.5)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(state, assign=True)
-    with pytest.raises(RuntimeError, match="was tied to another parameter"): model(x, 0.5)
+    with pytest.raises(RuntimeError, match="was tied to another"): model(x, 0.5)
     normed = moved(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     normed(x, 0.5)
     with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="cached"):
