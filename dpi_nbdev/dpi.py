@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPI', 'several', 'check_exact', 'param_groups']
 
-# %% ../nbs/04_dpi.ipynb #bb11ebf3
+# %% ../nbs/04_dpi.ipynb #18615cc3
 import copy, itertools, random, warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,7 +28,7 @@ from .sets import (NotCopied, ParameterSets, bare_modules, deep_copy,
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
-# %% ../nbs/04_dpi.ipynb #e8de42a9
+# %% ../nbs/04_dpi.ipynb #f66fd8aa
 _GRANULARITIES = {   # what may be asked for -> the ways it allows, best first
     "auto": ("layers", "vmap", "unique"), "per_sample": ("layers", "vmap"),
     "layers": ("layers",), "vmap": ("vmap",), "unique": ("unique",), "shared": ()}
@@ -78,7 +78,7 @@ class DPI(nn.Module):
                 return run(way, self.sets, self.lam, s, inputs, grouped)
         finally: self.running = False
 
-# %% ../nbs/04_dpi.ipynb #2f8af716
+# %% ../nbs/04_dpi.ipynb #09dff986
 _NO_WAY = "granularity must be one of {}; got {!r}"
 
 @patch
@@ -114,7 +114,7 @@ def extra_repr(self:DPI):
 @patch
 def __getstate__(self:DPI): return {**self.__dict__, "kinds": {}}   # a copy looks again
 
-# %% ../nbs/04_dpi.ipynb #301f7c4b
+# %% ../nbs/04_dpi.ipynb #b4764921
 def _check_net(net):
     "Raises for a network of which no comparison could tell that DPI is wrong about it."
     if not isinstance(net, nn.Module):
@@ -196,7 +196,7 @@ _REFUSED = [
      "{} with scale_grad_by_freq divides gradients by counts over the whole batch, so"
      " its samples cannot have parameters of their own")]
 
-# %% ../nbs/04_dpi.ipynb #61a7f16b
+# %% ../nbs/04_dpi.ipynb #0db7a403
 class _Guard:
     "A forward pre-hook: with gradients, a layer runs inside its DPI model only."
     def __init__(self, model): self.model = model
@@ -232,7 +232,7 @@ _RECOMPUTES = ("the network saves its activations in its own way (activation"
                " backward(), outside the DPI model's forward pass and so with the wrong"
                " parameters: turn it off")
 
-# %% ../nbs/04_dpi.ipynb #2de8965b
+# %% ../nbs/04_dpi.ipynb #b88d1da9
 def _near(p, draw):
     "Random numbers near `p`, so that no zero and no equality hides a dependence."
     p = p.detach()
@@ -270,7 +270,7 @@ def _same_draws(seed, device):
             random.setstate(python)
             np.random.set_state(arrays)
 
-# %% ../nbs/04_dpi.ipynb #8e91af43
+# %% ../nbs/04_dpi.ipynb #532df6f6
 @dataclass
 class _Answer:
     "What a network returned, and the gradients of a random sum of it."
@@ -324,7 +324,7 @@ class _Watch(TorchFunctionMode):
 _REACHES = ("a copy of the network still uses the parameter {!r} of the original"
             " (through a closure?), so it would not see that parameter interpolated")
 
-# %% ../nbs/04_dpi.ipynb #d2b8b756
+# %% ../nbs/04_dpi.ipynb #05de9a32
 class _Comparison:
     "Eq. (2) done in several ways, at two scalars, with parameters near the model's."
     def __init__(self, model, inputs, s, seed, calm):  # calm: everything in eval mode
@@ -372,7 +372,7 @@ class _Comparison:
         stack.enter_context(_no_checkpoints())
         return stack
 
-# %% ../nbs/04_dpi.ipynb #45cae3b2
+# %% ../nbs/04_dpi.ipynb #846f35f0
 def _own(v):
     "A copy of an input, where that can be had."
     if isinstance(v, Tensor): return v.detach().clone()
@@ -396,7 +396,7 @@ def _roundoff(device, params):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(torch.finfo(d).eps for d in dtypes)
 
-# %% ../nbs/04_dpi.ipynb #97218ded
+# %% ../nbs/04_dpi.ipynb #46e466f6
 @patch
 def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     "The plain network with the state dict of eq. (2) at `s`."
@@ -437,7 +437,7 @@ _REWRITES = ("the network rewrites its parameter {!r} during the forward pass, w
              " would be lost on interpolated parameters (max_norm of an embedding,"
              " clamping, normalised weights written back?)")
 
-# %% ../nbs/04_dpi.ipynb #59d81b9c
+# %% ../nbs/04_dpi.ipynb #fa231908
 @patch
 def reference(self:_Comparison, eps=0.):
     "What a way of running must give: one sample after the other, or all at one scalar."
@@ -495,7 +495,7 @@ _UPDATES = ("the network updates its buffer {!r}, which groups of equal s would 
             " for each: use one scalar for the batch; net.eval() helps if it does so in"
             " training mode only")
 
-# %% ../nbs/04_dpi.ipynb #53a48086
+# %% ../nbs/04_dpi.ipynb #57f014b6
 def _difference(got, want, near, eps):  # three answers: on trial, reference, wiggled
     "A sentence that says where `got` is off by more than rounding; None if nowhere."
     if got.spec != want.spec: return "the output has another structure"
@@ -531,7 +531,7 @@ def _excess(a, b, c, eps, floor=0.):
     allowed = min(100 * eps * size + 30 * _size(c - b), 0.2 * size)
     return f"{error / size:.1%} of its largest value" if error > allowed else None
 
-# %% ../nbs/04_dpi.ipynb #877564df
+# %% ../nbs/04_dpi.ipynb #7656e47d
 @patch(as_prop=True)
 def references(self:_Comparison):
     "The reference and the reference wiggled, computed once."
@@ -553,7 +553,7 @@ def _is_out_of_memory(e):
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
     return any(t in str(e).lower() for t in ("out of memory", "can't allocate memory"))
 
-# %% ../nbs/04_dpi.ipynb #560d75b3
+# %% ../nbs/04_dpi.ipynb #2357a073
 @patch
 def mixing(self:_Comparison):
     "What of the samples together is not as it is alone, at one scalar; or None."
@@ -603,7 +603,7 @@ def _unlike(a, b, eps):
     if not isinstance(a, Tensor): return False
     return a.shape != b.shape or _excess(a, b, b, eps) is not None
 
-# %% ../nbs/04_dpi.ipynb #b5b9cd09
+# %% ../nbs/04_dpi.ipynb #cc3ed96e
 @dataclass
 class _Kind:
     "What is known about one kind of call."
@@ -637,7 +637,7 @@ def _choose(self:DPI, s, inputs):
     faults = [f"{way}: {v}" for way, v in kind.verdicts.items()]
     raise ValueError(_INEXACT.format("; ".join(faults)))
 
-# %% ../nbs/04_dpi.ipynb #ddbdbaea
+# %% ../nbs/04_dpi.ipynb #3e154777
 _INEXACT = ("with this network and these inputs DPI would not be exact. What differs"
             " from eq. (2) computed with plain copies of the network: {}")
 _MIXES = ("the network mixes the samples of a batch, so they cannot have parameters of"
@@ -648,6 +648,8 @@ _ONE = 'granularity="shared" takes one scalar for the batch, got different ones'
 _TIED = ("batch norm in training mode ties the samples together, so they cannot run in"
          ' groups of equal s: use granularity="auto", one scalar for the batch, or'
          " net.eval()")
+_NO_LAYERS = ('granularity="layers" needs every interpolated parameter in a layer whose'
+              ' rule is known (LAYER_RULES): use "auto"')
 _CACHED = ("parametrize.cached() keeps the weights of one scalar for all: call the DPI"
            " model outside of it")
 _RANDOM = "it draws random numbers in eval mode"
@@ -670,7 +672,7 @@ def _structure(inputs):
         return v if isinstance(v, (type(None), bool, str)) else type(v)
     return (inputs.spec, *map(looks, inputs.leaves), *inputs.cut)
 
-# %% ../nbs/04_dpi.ipynb #b0deac37
+# %% ../nbs/04_dpi.ipynb #4dd69633
 @patch
 def _kind_of(self:DPI, s, inputs):
     "What is known about this kind of call; found out if it is the first."
@@ -708,7 +710,7 @@ def _readings(self:DPI, s, inputs):
     readings = [dict(zip(unsure, choice)) for choice in choices]
     return [[c and r.get(k, True) for k, c in enumerate(inputs.cut)] for r in readings]
 
-# %% ../nbs/04_dpi.ipynb #1de3a4c7
+# %% ../nbs/04_dpi.ipynb #468628ae
 @patch
 @uncompiled
 def _examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
@@ -739,7 +741,7 @@ def _trust(self:DPI, kind, way, reason):
     if not self.warned: warnings.warn(_UNCOMPARED.format(reason), stacklevel=7)
     self.warned, kind.verdicts[way] = True, None
 
-# %% ../nbs/04_dpi.ipynb #dd5c28b5
+# %% ../nbs/04_dpi.ipynb #36e43879
 @patch
 def _ways(self:DPI, s, kind=None):
     "The ways in which a call with these scalars may run, best first."
@@ -749,7 +751,8 @@ def _ways(self:DPI, s, kind=None):
     tied = "unique" in ways and any(map(uses_batch, self.sets.modules))
     if tied: ways.remove("unique")
     if not ways: raise ValueError(_TIED)
-    if len(ways) > 1 and two_set_layers(self.sets) is None: ways.remove("layers")
+    if "layers" in ways and two_set_layers(self.sets) is None: ways.remove("layers")
+    if not ways: raise ValueError(_NO_LAYERS)
     if ways == ["vmap", "unique"] and kind and self._few(s, kind): ways.reverse()
     return ways
 
@@ -770,7 +773,7 @@ def plan(self:DPI,
     ways = self._ways(s, next(reversed(self.kinds.values()), None))
     return next((w for w in ways if w not in bad), ways[0])
 
-# %% ../nbs/04_dpi.ipynb #a213a9be
+# %% ../nbs/04_dpi.ipynb #d48f351e
 @torch.no_grad()
 def check_exact(
     model: DPI,       # in eval mode, or without dropout and batch norm
@@ -797,7 +800,7 @@ def check_exact(
             worst = max(worst, error.item())
     return worst
 
-# %% ../nbs/04_dpi.ipynb #55be6bef
+# %% ../nbs/04_dpi.ipynb #e6fb0ded
 def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks (paper: 1e-5)

@@ -177,14 +177,14 @@ def settled(
         net.load_state_dict({}, strict=False)   # and here they compute it anew
     return net
 
-# %% ../nbs/02_sets.ipynb #f84f55a3
+# %% ../nbs/02_sets.ipynb #7ae384b0
 class ParameterSets:
     "The parameter sets of one network, mixed here and put in its places here."
     run: Callable; freeze: Callable[..., nn.Module]   # below; for type checkers
 
     def __init__(self,
         net: nn.Module,     # the network, which holds θ⁰
-        theta1: nn.Module,  # θ¹ under the same names, see `second_set`
+        theta1: nn.Module,  # θ¹ under the same names, see second_set
         names: list,        # the parameters that have two values
     ):
         self.net, self.theta1, self.modules = net, theta1, list(net.modules())

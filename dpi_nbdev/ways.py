@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'CALL', 'EACH', 'OWN', 'TOUCH', 'AT_ONCE', 'LAYER_RULES', 'A
            'flat_output', 'Weights', 'affine_rule', 'norm_rule', 'two_set_layers', 'run_layers', 'name_of',
            'uses_batch', 'run_vmap', 'run_groups', 'run']
 
-# %% ../nbs/03_ways.ipynb #a26cebee
+# %% ../nbs/03_ways.ipynb #7bba47e1
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from fastcore.basics import patch
@@ -97,7 +98,7 @@ def _replaced(forwards):
     finally:
         for layer in forwards: del vars(layer)["forward"]
 
-# %% ../nbs/03_ways.ipynb #1acc3bd8
+# %% ../nbs/03_ways.ipynb #6c1548af
 @dataclass
 class Weights:
     "λ of a batch: for each sample, and where samples share it for each group."
@@ -113,7 +114,8 @@ class Weights:
 
     def beside(self, y):
         "λ for each sample, shaped to multiply `y`. Raises `ValueError` if none fits."
-        if not counts(y, len(self.each)):
+        # One row for all (a table of positions) becomes a row for each.
+        if not (counts(y, len(self.each)) or counts(y, 1)):
             raise ValueError(_NO_SAMPLES.format(tuple(y.shape), len(self.each)))
         return self.each.view(-1, *[1] * (y.ndim - 1))
 
@@ -166,7 +168,7 @@ def _settings(layer):
                 transposed=layer.transposed, output_padding=layer.output_padding,
                 groups=layer.groups)
 
-# %% ../nbs/03_ways.ipynb #1be67df7
+# %% ../nbs/03_ways.ipynb #964b6b1a
 CALL, EACH, OWN = 6e6, 60, 110   # prices in floating-point operations
 TOUCH = dict(twice=250, groups=40, own=80)   # of passing once more over each number
 AT_ONCE = 5e5   # numbers in the kernels that are made at once
@@ -197,7 +199,8 @@ def affine_rule(layer, theta1, w, x, *args):
 def _cheapest(layer, theta1, w, x):
     "Which of the three ways is cheapest, by shapes alone."
     linear = isinstance(layer, nn.Linear)
-    if x.ndim < 2 or not (linear or isinstance(layer, _CONVS)): return "twice"
+    known = linear or isinstance(layer, _CONVS)
+    if x.ndim < 2 or not known or len(x) != len(w.each): return "twice"
     size, turned = layer.weight.numel(), getattr(layer, "transposed", False)
     before = x.numel() / x.shape[-1 if linear else 1]         # positions in the input
     stride = 1 if linear else prod(layer.stride)
@@ -214,6 +217,7 @@ def _cheapest(layer, theta1, w, x):
 def _own_is_possible(layer, theta1, x):
     "May this convolution have a kernel for each sample?"
     if x.device.type != "cpu" or not isinstance(layer, _CONVS): return False
+    if torch.compiler.is_compiling(): return False   # eight times slower, as measured
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
     low = torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -241,7 +245,7 @@ def norm_rule(layer, theta1, w, x):
     if "weight" in own: y = y * of_samples("weight")
     return y + of_samples("bias") if "bias" in own else y
 
-# %% ../nbs/03_ways.ipynb #58428c6f
+# %% ../nbs/03_ways.ipynb #7aba84b0
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
 _AFFINE = (*_CONVS, nn.Linear, nn.Embedding, nn.PReLU)
 LAYER_RULES = {   # a layer's forward -> what it does with two sets
@@ -255,8 +259,8 @@ def two_set_layers(
     layers = {}
     for name, places in sets.places.items():
         for _, layer, leaf in places:
-            known = type(layer).forward in LAYER_RULES and "forward" not in vars(layer)
-            if not known: return None
+            plain = "forward" not in vars(layer) and not is_parametrized(layer)
+            if not plain or type(layer).forward not in LAYER_RULES: return None
             layers.setdefault(layer, {})[leaf] = name
     return layers
 

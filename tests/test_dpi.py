@@ -891,3 +891,25 @@ def test_a_value_kept_for_ever_is_not_mixed_over():
     frozen(x)
     again = model.freeze_at(1., into=frozen)
     torch.testing.assert_close(again(x), model.freeze_at(1.)(x))
+
+
+def test_one_row_for_all_samples_becomes_a_row_for_each():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.word, self.place = nn.Embedding(11, 8), nn.Embedding(5, 8)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, i):
+            return self.out(torch.tanh(self.word(i) + self.place(torch.arange(5)[None])))
+
+    model, i = moved(Positions()), torch.randint(11, (3, 5))
+    assert check_exact(model, i, S) < 1e-12
+    assert model.plan(S) == "layers"
+
+
+def test_a_parametrized_layer_does_not_hold_two_sets():
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)).double()
+    model = moved(net, select="*bias")
+    with torch.no_grad(): model(rand(3, 3), S)
+    assert model.plan(S) != "layers"

@@ -550,7 +550,6 @@ def test_a_loss_over_the_batch_is_refused_for_many_scalars():
     assert many.logits.shape == (B, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="an output without axes, with gradients")
 def test_a_loss_over_the_batch_with_one_scalar():
     installed("transformers")
     make = lambda: hf("BertForSequenceClassification", "BertConfig", **text, **calm)
