@@ -373,6 +373,7 @@ def _ways(net, x, compiled):
              "vmap": forced("vmap"),
              "stacked weights": lambda: _stacked(model, net, x, each)}
     if compiled:
+        torch._dynamo.reset()   # else shapes seen before make this graph a dynamic one
         quick = torch.compile(DPI(copy.deepcopy(net), granularity="layers"))
         calls["layers, compiled"] = lambda: quick(x, each)
     return calls

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPI', 'several', 'check_exact', 'param_groups']
 
-# %% ../nbs/04_dpi.ipynb #18615cc3
+# %% ../nbs/04_dpi.ipynb #833b8f6f
 import copy, itertools, random, warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,7 +28,7 @@ from .sets import (NotCopied, ParameterSets, bare_modules, deep_copy,
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
-# %% ../nbs/04_dpi.ipynb #f66fd8aa
+# %% ../nbs/04_dpi.ipynb #0a9739bf
 _GRANULARITIES = {   # what may be asked for -> the ways it allows, best first
     "auto": ("layers", "vmap", "unique"), "per_sample": ("layers", "vmap"),
     "layers": ("layers",), "vmap": ("vmap",), "unique": ("unique",), "shared": ()}
@@ -78,7 +78,7 @@ class DPI(nn.Module):
                 return run(way, self.sets, self.lam, s, inputs, grouped)
         finally: self.running = False
 
-# %% ../nbs/04_dpi.ipynb #09dff986
+# %% ../nbs/04_dpi.ipynb #6085d8b9
 _NO_WAY = "granularity must be one of {}; got {!r}"
 
 @patch
@@ -114,7 +114,7 @@ def extra_repr(self:DPI):
 @patch
 def __getstate__(self:DPI): return {**self.__dict__, "kinds": {}}   # a copy looks again
 
-# %% ../nbs/04_dpi.ipynb #b4764921
+# %% ../nbs/04_dpi.ipynb #0eb90c46
 def _check_net(net):
     "Raises for a network of which no comparison could tell that DPI is wrong about it."
     if not isinstance(net, nn.Module):
@@ -196,7 +196,7 @@ _REFUSED = [
      "{} with scale_grad_by_freq divides gradients by counts over the whole batch, so"
      " its samples cannot have parameters of their own")]
 
-# %% ../nbs/04_dpi.ipynb #0db7a403
+# %% ../nbs/04_dpi.ipynb #a14fb6ad
 class _Guard:
     "A forward pre-hook: with gradients, a layer runs inside its DPI model only."
     def __init__(self, model): self.model = model
@@ -232,7 +232,7 @@ _RECOMPUTES = ("the network saves its activations in its own way (activation"
                " backward(), outside the DPI model's forward pass and so with the wrong"
                " parameters: turn it off")
 
-# %% ../nbs/04_dpi.ipynb #b88d1da9
+# %% ../nbs/04_dpi.ipynb #113c3f76
 def _near(p, draw):
     "Random numbers near `p`, so that no zero and no equality hides a dependence."
     p = p.detach()
@@ -270,7 +270,7 @@ def _same_draws(seed, device):
             random.setstate(python)
             np.random.set_state(arrays)
 
-# %% ../nbs/04_dpi.ipynb #532df6f6
+# %% ../nbs/04_dpi.ipynb #fd85541d
 @dataclass
 class _Answer:
     "What a network returned, and the gradients of a random sum of it."
@@ -324,7 +324,7 @@ class _Watch(TorchFunctionMode):
 _REACHES = ("a copy of the network still uses the parameter {!r} of the original"
             " (through a closure?), so it would not see that parameter interpolated")
 
-# %% ../nbs/04_dpi.ipynb #05de9a32
+# %% ../nbs/04_dpi.ipynb #ed417fa2
 class _Comparison:
     "Eq. (2) done in several ways, at two scalars, with parameters near the model's."
     def __init__(self, model, inputs, s, seed, calm):  # calm: everything in eval mode
@@ -372,7 +372,7 @@ class _Comparison:
         stack.enter_context(_no_checkpoints())
         return stack
 
-# %% ../nbs/04_dpi.ipynb #846f35f0
+# %% ../nbs/04_dpi.ipynb #7faad74e
 def _own(v):
     "A copy of an input, where that can be had."
     if isinstance(v, Tensor): return v.detach().clone()
@@ -396,7 +396,7 @@ def _roundoff(device, params):
         dtypes.append(torch.get_autocast_dtype(device))
     return max(torch.finfo(d).eps for d in dtypes)
 
-# %% ../nbs/04_dpi.ipynb #46e466f6
+# %% ../nbs/04_dpi.ipynb #db6d7642
 @patch
 def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     "The plain network with the state dict of eq. (2) at `s`."
@@ -437,7 +437,7 @@ _REWRITES = ("the network rewrites its parameter {!r} during the forward pass, w
              " would be lost on interpolated parameters (max_norm of an embedding,"
              " clamping, normalised weights written back?)")
 
-# %% ../nbs/04_dpi.ipynb #fa231908
+# %% ../nbs/04_dpi.ipynb #eca3e393
 @patch
 def reference(self:_Comparison, eps=0.):
     "What a way of running must give: one sample after the other, or all at one scalar."
@@ -495,7 +495,7 @@ _UPDATES = ("the network updates its buffer {!r}, which groups of equal s would 
             " for each: use one scalar for the batch; net.eval() helps if it does so in"
             " training mode only")
 
-# %% ../nbs/04_dpi.ipynb #57f014b6
+# %% ../nbs/04_dpi.ipynb #6d68caa2
 def _difference(got, want, near, eps):  # three answers: on trial, reference, wiggled
     "A sentence that says where `got` is off by more than rounding; None if nowhere."
     if got.spec != want.spec: return "the output has another structure"
@@ -531,7 +531,7 @@ def _excess(a, b, c, eps, floor=0.):
     allowed = min(100 * eps * size + 30 * _size(c - b), 0.2 * size)
     return f"{error / size:.1%} of its largest value" if error > allowed else None
 
-# %% ../nbs/04_dpi.ipynb #7656e47d
+# %% ../nbs/04_dpi.ipynb #1a40c9af
 @patch(as_prop=True)
 def references(self:_Comparison):
     "The reference and the reference wiggled, computed once."
@@ -553,7 +553,7 @@ def _is_out_of_memory(e):
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
     return any(t in str(e).lower() for t in ("out of memory", "can't allocate memory"))
 
-# %% ../nbs/04_dpi.ipynb #2357a073
+# %% ../nbs/04_dpi.ipynb #493f96a8
 @patch
 def mixing(self:_Comparison):
     "What of the samples together is not as it is alone, at one scalar; or None."
@@ -603,7 +603,7 @@ def _unlike(a, b, eps):
     if not isinstance(a, Tensor): return False
     return a.shape != b.shape or _excess(a, b, b, eps) is not None
 
-# %% ../nbs/04_dpi.ipynb #cc3ed96e
+# %% ../nbs/04_dpi.ipynb #16b7100c
 @dataclass
 class _Kind:
     "What is known about one kind of call."
@@ -637,7 +637,7 @@ def _choose(self:DPI, s, inputs):
     faults = [f"{way}: {v}" for way, v in kind.verdicts.items()]
     raise ValueError(_INEXACT.format("; ".join(faults)))
 
-# %% ../nbs/04_dpi.ipynb #3e154777
+# %% ../nbs/04_dpi.ipynb #3971544b
 _INEXACT = ("with this network and these inputs DPI would not be exact. What differs"
             " from eq. (2) computed with plain copies of the network: {}")
 _MIXES = ("the network mixes the samples of a batch, so they cannot have parameters of"
@@ -672,7 +672,7 @@ def _structure(inputs):
         return v if isinstance(v, (type(None), bool, str)) else type(v)
     return (inputs.spec, *map(looks, inputs.leaves), *inputs.cut)
 
-# %% ../nbs/04_dpi.ipynb #4dd69633
+# %% ../nbs/04_dpi.ipynb #a490e30f
 @patch
 def _kind_of(self:DPI, s, inputs):
     "What is known about this kind of call; found out if it is the first."
@@ -710,7 +710,7 @@ def _readings(self:DPI, s, inputs):
     readings = [dict(zip(unsure, choice)) for choice in choices]
     return [[c and r.get(k, True) for k, c in enumerate(inputs.cut)] for r in readings]
 
-# %% ../nbs/04_dpi.ipynb #468628ae
+# %% ../nbs/04_dpi.ipynb #800f1bd2
 @patch
 @uncompiled
 def _examine(self:DPI, kind, ways, s, inputs):  # inputs: two samples
@@ -741,7 +741,7 @@ def _trust(self:DPI, kind, way, reason):
     if not self.warned: warnings.warn(_UNCOMPARED.format(reason), stacklevel=7)
     self.warned, kind.verdicts[way] = True, None
 
-# %% ../nbs/04_dpi.ipynb #36e43879
+# %% ../nbs/04_dpi.ipynb #4e4d8874
 @patch
 def _ways(self:DPI, s, kind=None):
     "The ways in which a call with these scalars may run, best first."
@@ -773,7 +773,7 @@ def plan(self:DPI,
     ways = self._ways(s, next(reversed(self.kinds.values()), None))
     return next((w for w in ways if w not in bad), ways[0])
 
-# %% ../nbs/04_dpi.ipynb #d48f351e
+# %% ../nbs/04_dpi.ipynb #01bf1139
 @torch.no_grad()
 def check_exact(
     model: DPI,       # in eval mode, or without dropout and batch norm
@@ -800,7 +800,7 @@ def check_exact(
             worst = max(worst, error.item())
     return worst
 
-# %% ../nbs/04_dpi.ipynb #e6fb0ded
+# %% ../nbs/04_dpi.ipynb #e40835d4
 def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks (paper: 1e-5)
