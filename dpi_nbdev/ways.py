@@ -168,7 +168,7 @@ def _settings(layer):
                 transposed=layer.transposed, output_padding=layer.output_padding,
                 groups=layer.groups)
 
-# %% ../nbs/03_ways.ipynb #964b6b1a
+# %% ../nbs/03_ways.ipynb #78ff6e6d
 CALL, EACH, OWN = 6e6, 60, 110   # prices in floating-point operations
 TOUCH = dict(twice=250, groups=40, own=80)   # of passing once more over each number
 AT_ONCE = 5e5   # numbers in the kernels that are made at once
@@ -217,7 +217,7 @@ def _cheapest(layer, theta1, w, x):
 def _own_is_possible(layer, theta1, x):
     "May this convolution have a kernel for each sample?"
     if x.device.type != "cpu" or not isinstance(layer, _CONVS): return False
-    if torch.compiler.is_compiling(): return False   # eight times slower, as measured
+    if torch.compiler.is_compiling(): return False   # no clear gain was measured
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
     low = torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
