@@ -1,6 +1,7 @@
 """What a notebook cell cannot show about DPI: random networks by the dozen, a real
 compiler, other processes, memory that runs out, and that nothing is changed."""
 import copy
+import os
 import pickle
 import random
 import shutil
@@ -640,6 +641,8 @@ def test_dropout_draws_a_mask_for_each_sample():
 
 @pytest.mark.skipif(shutil.which("g++") is None,
                     reason="torch.compile's default backend needs a C++ compiler")
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+                    reason="PyTorch 2.13 then generates vectors that it does not declare")
 def test_compiled_with_the_default_backend():
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3))
     model = moved(net, torch.float32)
