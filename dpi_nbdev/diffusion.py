@@ -290,17 +290,18 @@ class DiffusionLoss:
 
     def __init__(self,
         process: VPDiffusion,       # how images are noised
-        predicts: str = "eps",      # the model's answer: "eps" (the paper), "x0", "v" or "score"
+        predicts: str = "eps",      # "eps" (the paper), "x0", "v" or "score"
         weighting: str = "none",    # "none", or "min_snr" (Hang et al. 2023)
-        draw="stratified",          # how steps are drawn: see draw_unit, or "importance"
-        groups: int | None = None,  # so many steps a batch, each for a group; None: one a sample
+        draw="stratified",          # how steps are drawn: one of DRAWS, or an object
+        groups: int | None = None,  # so many steps a batch; None: one for each sample
         gamma: float = 5.,          # the cap of "min_snr", > 0
     ):
         if not isinstance(process, VPDiffusion):
             raise TypeError(_NOT_VP.format(type(process).__name__))
         if predicts not in ("eps", "x0", "v", "score"):
             raise ValueError(_NOT_PREDICTED.format(predicts))
-        if weighting not in ("none", "min_snr"): raise ValueError(_NO_WEIGHTING.format(weighting))
+        if weighting not in ("none", "min_snr"):
+            raise ValueError(_NO_WEIGHTING.format(weighting))
         if not gamma > 0: raise ValueError(f"gamma must be positive; got {gamma}")
         if predicts in ("eps", "score") and process.snr[-1] == 0:
             raise ValueError(_NO_SIGNAL.format(predicts, process.s_max))
@@ -309,13 +310,13 @@ class DiffusionLoss:
         self.groups, self.gamma = groups, gamma
 
     def __call__(self,
-        model: Callable,                           # model(x, t) -> prediction, shape of x
+        model: Callable,                           # model(x, t) -> prediction, like x
         x: Tensor,                                 # clean images, (B, ...), in [-1, 1]
-        generator: torch.Generator | None = None,  # for the steps first, then for the noise
-        s=None,                                    # steps, () or (B,); drawn when not given
-    ) -> tuple[Tensor, Tensor]:                    # the loss, (), its per-sample values, (B,)
-        """Noises a batch and marks the model's answer. Raises `ValueError` when that has
-        another shape, or the batch is empty."""
+        generator: torch.Generator | None = None,  # for the steps, then for the noise
+        s=None,                                    # steps, () or (B,); None: drawn
+    ) -> tuple[Tensor, Tensor]:                    # loss, (); per-sample values, (B,)
+        """Noises a batch and marks the model's answer. Raises `ValueError` when that
+        has another shape, or the batch is empty."""
         _batch(x)
         s, count = told_or_drawn(self, s, x, generator)
         eps = randn_like(x, generator)
@@ -326,7 +327,7 @@ class DiffusionLoss:
         return per_sample.mean(), per_sample
 
     @property
-    def memory(self):  # see training
+    def memory(self):
         "What learns from the losses: the draws, if they do."
         return self.draw if hasattr(self.draw, "learn") else None
 
@@ -338,8 +339,8 @@ class DiffusionLoss:
 _NOT_VP = "DiffusionLoss needs a VPDiffusion, got {}; flows have FlowLoss"
 _NOT_PREDICTED = "predicts must be 'eps', 'x0', 'v' or 'score'; got {!r}"
 _NO_WEIGHTING = "weighting must be 'none' or 'min_snr'; got {!r}"
-_NO_SIGNAL = ("{!r} teaches nothing about the image at step {}, where the signal-to-noise "
-              "ratio is 0; use v-prediction, predicts='v'")
+_NO_SIGNAL = ("{!r} teaches nothing about the image at step {}, where the "
+              "signal-to-noise ratio is 0; use v-prediction, predicts='v'")
 
 # %% ../nbs/20_diffusion.ipynb #756b095b
 @patch
@@ -355,18 +356,18 @@ def weight(self: DiffusionLoss,
 
 # %% ../nbs/20_diffusion.ipynb #0d710724
 def _batch(x):
-    """Raises `TypeError` unless x is a floating tensor, and `ValueError` unless it holds
-    samples."""
+    "Raises `TypeError` unless x is floating, `ValueError` unless it holds samples."
     _floating(x)
     if x.ndim == 0 or len(x) == 0: raise ValueError(_NO_SAMPLES.format(tuple(x.shape)))
 
 _NO_SAMPLES = "a batch holds one or more samples, (B, ...); got shape {}"
 
 def draw_scalars(objective, n, generator=None):
-    """An objective's scalars for n samples, (n,), or () if the whole batch shares one, and
+    """An objective's scalars for n samples, (n,), or () if the batch shares one, and
     what each sample counts, (n,) or ()."""
     draw, groups = objective.draw, objective.groups
-    if isinstance(draw, str): u, count = draw_unit(n, generator, draw, groups), torch.ones(())
+    if isinstance(draw, str):
+        u, count = draw_unit(n, generator, draw, groups), torch.ones(())
     else: u, count = draw.draw(n, generator, groups)
     s = objective.process.from_unit(u)
     return (s[0] if groups == 1 else s), count

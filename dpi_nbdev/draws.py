@@ -16,12 +16,12 @@ _MEMORYLESS = DRAWS[:4]   # the ways of draw_unit; the last one is a class, belo
 
 def draw_unit(
     n: int,                                    # number of samples, at least 1
-    generator: torch.Generator | None = None,  # draws on its device; None: the CPU's global one
-    how: str = "stratified",                   # "uniform", "stratified", "low_discrepancy", "decreasing"
-    groups: int | None = None,                 # so many values, each for n/groups neighbours; None: n
+    generator: torch.Generator | None = None,  # None: the CPU's global one
+    how: str = "stratified",                   # one of DRAWS but "importance"
+    groups: int | None = None,                 # values, each for n/groups neighbours
 ) -> Tensor:                                   # (n,) float64 in [0, 1), in random order
-    """Random numbers for the scalars of a batch. Raises `ValueError` for an unknown way,
-    `n < 1`, or groups that do not divide `n`."""
+    """Random numbers for the scalars of a batch, on the generator's device. Raises
+    `ValueError` for an unknown way, `n < 1`, or groups that do not divide `n`."""
     k = _values(n, groups)
     if how not in _MEMORYLESS: raise ValueError(_UNKNOWN.format(how))
     kw = dict(generator=generator, device=generator.device if generator else "cpu")
@@ -73,8 +73,8 @@ class ImportanceDraws:
         root = self._square.sqrt()
         root = root / root.mean().clamp(min=torch.finfo(root.dtype).tiny)
         p = (1 - self.uniform) * root + self.uniform
-        p = p / p.mean()                                        # also where all losses are 0
-        return torch.where(self._count.min() >= _ENOUGH, p, 1.)   # no wait for a GPU
+        p = p / p.mean()                                # also where all losses are 0
+        return torch.where(self._count.min() >= _ENOUGH, p, 1.)   # waits for no GPU
 
     def __repr__(self):
         return (f"ImportanceDraws(bins={self.bins}, uniform={self.uniform}, "
@@ -89,8 +89,8 @@ _SHARE = "{} must be a share, above 0 and at most 1; got {!r}"
 def draw(self: ImportanceDraws,
     n: int,                                    # number of samples, at least 1
     generator: torch.Generator | None = None,  # as for draw_unit
-    groups: int | None = None,                 # so many values, each for n/groups neighbours
-) -> tuple[Tensor, Tensor]:                    # (n,) float64 in [0, 1), and their weights
+    groups: int | None = None,                 # as for draw_unit
+) -> tuple[Tensor, Tensor]:                    # (n,) float64 in [0, 1), and weights
     "Scalars and what each sample counts. Raises what `draw_unit` raises."
     v = draw_unit(n, generator, groups=groups)
     self._square, self._count = self._square.to(v.device), self._count.to(v.device)
