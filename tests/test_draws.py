@@ -39,7 +39,8 @@ def taught(batches=100, n=64, groups=None):
 def test_weights_keep_every_expectation(groups):
     draws, g = taught(), seeded(1)
     assert draws.density().max() > 4  # far from uniform
-    for f, exact in ((torch.ones_like, 1.), (torch.square, 1 / 3), (lambda u: (u > 0.9), 0.1)):
+    late = lambda u: u > 0.9
+    for f, exact in ((torch.ones_like, 1.), (torch.square, 1 / 3), (late, 0.1)):
         means = []
         for _ in range(3000):
             u, weight = draws.draw(64, g, groups)
@@ -50,8 +51,17 @@ def test_weights_keep_every_expectation(groups):
         assert error < 0.05
 
 
+def test_groups_share_a_scalar_and_a_weight():
+    draws = taught()
+    for groups in (1, 4, 64):
+        for v in draws.draw(64, seeded(5), groups):
+            blocks = v.view(groups, -1)
+            assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
+        assert len(draws.draw(64, seeded(5), groups)[0].unique()) == groups
+
+
 def test_the_variance_is_nearly_the_best_possible():
-    # With p the best density each loss counts z² times ∫exp(-8u)du = 1/8: 2/64 a sample.
+    # With the best density each loss counts z² ∫exp(-8u)du, z²/8: 2/64 a sample.
     # Stratified draws have ∫2 exp(-16u)du = 1/8.
     draws, g = taught(300), seeded(2)
     plain, weighted = [], []
@@ -88,7 +98,7 @@ def test_the_first_losses_weigh_alike():
     for k in range(5):
         draws.draw(2, seeded(k))
         draws.learn(torch.full((2,), float(k)))
-    assert draws.state_dict()["square"].item() == pytest.approx((0 + 1 + 4 + 9 + 16) / 5)
+    assert draws.state_dict()["square"].item() == pytest.approx(30 / 5)
 
 
 def test_a_loss_that_is_not_finite_teaches_nothing():
@@ -133,15 +143,18 @@ def test_given_scalars_count_the_same_and_teach_nothing(which):
         learned.memory.learn(learned(model, x, seeded(k))[1])
     before, last = learned.memory.density(), learned.memory._last
     s = learned.process.from_unit(draw_unit(32, seeded(0)))
-    assert torch.equal(learned(model, x, seeded(1), s)[1], plain(model, x, seeded(1), s)[1])
-    assert torch.equal(learned.memory.density(), before) and learned.memory._last is last
+    values = [loss(model, x, seeded(1), s)[1] for loss in (learned, plain)]
+    assert torch.equal(*values)
+    assert torch.equal(learned.memory.density(), before)
+    assert learned.memory._last is last
 
 
 def test_every_way_of_drawing_is_an_objectives_and_an_experiments():
     from dpi_nbdev.experiments import Experiment
     x = digits().train[:8]
     for how in DRAWS:
-        for objective in objectives(draw=how, groups=4) + [Experiment(draw=how).make_objective()]:
+        named = Experiment(draw=how).make_objective()
+        for objective in (*objectives(draw=how, groups=4), named):
             loss, values = objective(lambda x, s: 0 * x, x, seeded(0))
             assert loss > 0 and torch.equal(loss, values.mean())
             assert (objective.memory is not None) == (how == "importance")
@@ -150,7 +163,8 @@ def test_every_way_of_drawing_is_an_objectives_and_an_experiments():
 def test_an_object_that_draws_needs_no_memory():
     class Half:
         def draw(self, n, generator, groups):
-            return torch.full((n,), 0.5, dtype=torch.float64), torch.full((n,), 2.)
+            u = torch.full((n,), 0.5, dtype=torch.float64)
+            return u, torch.full((n,), 2.)
     loss, plain = (DiffusionLoss(VPDiffusion(), draw=d) for d in (Half(), "uniform"))
     x = digits().train[:8]
     model = lambda x, s: 0 * x
@@ -162,12 +176,13 @@ def test_an_object_that_draws_needs_no_memory():
     torch.testing.assert_close(values, 2 * plain(model, x, seeded(0), same)[1])
 
 
-# -- training ----------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------
 
 def small():
     torch.manual_seed(0)
     from dpi_nbdev.dpi import DPI
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
+                        nn.Conv2d(8, 1, 3, padding=1))
     return DPI(net, init="fresh")
 
 
@@ -187,7 +202,7 @@ def memory(trained):
 
 def test_a_killed_run_ends_at_the_same_bits(tmp_path):
     straight = begun(learning())
-    assert straight.objective.memory.density().std() > 0.1  # before the end it had learned
+    assert straight.objective.memory.density().std() > 0.1  # it had learned
     here = str(Path(__file__).resolve())
     lines = f"""
 import os, signal, sys
@@ -198,7 +213,8 @@ from test_draws import begun, learning
 kill = lambda step, model: os.kill(os.getpid(), signal.SIGKILL) if step == 53 else None
 begun(learning(), out={str(tmp_path)!r}, save_every=7, watch=[kill])
 """
-    killed = subprocess.run([sys.executable, "-c", lines], env=ENV, capture_output=True, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", lines], env=ENV, timeout=120,
+                            capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()[-2000:]
     resumed = begun(learning(), out=tmp_path)
     assert torch.equal(resumed.losses, straight.losses)
@@ -269,7 +285,8 @@ def test_any_objective_may_learn(tmp_path):
 def test_the_gains_rate_is_handed_on_where_it_is_given(monkeypatch):
     asked = []
     real = training.param_groups
-    monkeypatch.setattr(training, "param_groups", lambda *a, **kw: asked.append(kw) or real(*a))
+    spy = lambda *args, **kw: asked.append(kw) or real(*args)
+    monkeypatch.setattr(training, "param_groups", spy)
     for rate in (None, 0.5):
         Run(small(), learning(), digits().train, replace(SETTINGS, gains_lr=rate))
     assert asked == [{}, dict(gains_lr=0.5)]
@@ -283,9 +300,10 @@ def test_every_setting_is_an_option_of_the_command():
     assert not {f.name for f in fields(TrainSettings)} - options.keys()
 
 
-# -- ranks ---------------------------------------------------------------------------------
+# -- ranks ----------------------------------------------------------------------------
 
-ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 SCRIPT = '''
 import os, sys
 sys.path.insert(0, sys.argv[2])
@@ -308,8 +326,9 @@ def out(tmp_path_factory):
     script.write_text(SCRIPT)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for how in ([], torchrun):
-        line = [sys.executable, *how, str(script), str(folder), str(Path(__file__).parent)]
-        done = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=240)
+        line = [sys.executable, *how, str(script), str(folder), str(ROOT / "tests")]
+        done = subprocess.run(line, env=ENV, capture_output=True, text=True,
+                              timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -317,7 +336,8 @@ def out(tmp_path_factory):
 @pytest.mark.parametrize("case", ["whole", "parts"])
 def test_two_ranks_learn_what_one_learns(out, case):
     names = ("0of1", "0of2", "1of2")
-    one, first, second = (torch.load(out / f"{case}-{n}.pt", weights_only=True) for n in names)
+    load = lambda name: torch.load(out / f"{case}-{name}.pt", weights_only=True)
+    one, first, second = map(load, names)
     assert one["count"].sum() == 60 * 16
     for k in ("square", "count"):
         assert torch.equal(first[k], second[k])
