@@ -6,6 +6,8 @@
 __all__ = ['DRAWS', 'draw_unit', 'ImportanceDraws']
 
 # %% ../nbs/19_draws.ipynb #b411bab9
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -55,6 +57,12 @@ class ImportanceDraws:
     """Draws in proportion to the root mean square of the losses seen in each bin, with
     weights that keep every expectation (Nichol & Dhariwal 2021, eq. 18). Raises
     `ValueError` for settings out of range."""
+    # below; declared for type checkers
+    draw: Callable[..., tuple[Tensor, Tensor]]
+    learn: Callable[[Tensor], None]
+    state_dict: Callable[[], dict]
+    load_state_dict: Callable[[dict], None]
+
     def __init__(self,
         bins: int = 40,         # equal parts of [0, 1), at least 1
         uniform: float = 0.05,  # share of the draws that stays uniform, in (0, 1]
