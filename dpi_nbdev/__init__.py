@@ -24,7 +24,7 @@ _public = {
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
     "build": "build_model save_model load_model",
-    "draws": "draw_unit",
+    "draws": "draw_unit ImportanceDraws",
     "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
     "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
     "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise GaussianMixture",
