@@ -163,7 +163,8 @@ class Run:
         self.shared = self.net if alone else self.ranks.prepare_model(self.net)
         self.model = torch.compile(self.shared) if o.compile else self.shared
         fused = self.device.type in ("cpu", "cuda", "mps")
-        self.optimizer = torch.optim.AdamW(_groups(self.net, o), fused=fused)
+        groups = param_groups(self.net, o.lr, o.phi_lr, o.weight_decay, o.gains_lr)
+        self.optimizer = torch.optim.AdamW(groups, fused=fused)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i:
             rate_factor(min(i, o.steps - 1), o.steps, o.warmup, o.schedule))
         low = o.precision == "fp16"
@@ -176,11 +177,6 @@ class Run:
         self.optimizer.zero_grad()
 
 _NO_DIVISOR = "batch_size={} does not divide by {} ranks × accumulate={}"
-
-def _groups(net, o):
-    "The optimizer's parameter groups. Sets without gains know no rate for them."
-    gains = {} if o.gains_lr is None else dict(gains_lr=o.gains_lr)
-    return param_groups(net, o.lr, o.phi_lr, o.weight_decay, **gains)
 
 def _own(objective):
     "An objective that learns is copied: the caller's stays as it was."
