@@ -35,17 +35,24 @@ from fastcore.basics import patch
 # %% ../nbs/50_experiments.ipynb #7a0e9676
 @dataclass(frozen=True)
 class Experiment:
-    "A training run and how it is sampled. Raises `ValueError` for values that make no sense."
-    make_process: ClassVar[Callable[..., Any]]; make_objective: ClassVar[Callable[..., Any]]; make_model: ClassVar[Callable[..., nn.Module]]   # below; for type checkers
-    make_data: ClassVar[Callable[..., ImageSplit]]; sample: ClassVar[Callable[..., Tensor]]
+    "A training run and how it is sampled. Raises `ValueError` for senseless values."
+    # patched on below; declared for type checkers
+    make_process: ClassVar[Callable[..., Any]]
+    make_objective: ClassVar[Callable[..., Any]]
+    make_model: ClassVar[Callable[..., nn.Module]]
+    make_data: ClassVar[Callable[..., ImageSplit]]
+    sample: ClassVar[Callable[..., Tensor]]
+
     backbone: str = "drunet"       # "drunet" or "adm"
-    conditioning: str = "dpi"      # "dpi", "t_map", "sigma_map", "ncsnv2", "mlp" or "none"
+    conditioning: str = "dpi"      # a way of telling the network s, see build_model
     process: str = "vp"            # "vp" or "flow"
     lam: str = "learned"           # DPI's λ: "learned" or "linear"
-    net: dict = field(default_factory=dict)  # settings of the backbone; without in_channels and out_channels, which the data decide
-    data: str = ""                 # what to train on: "digits", "photos", or a folder, .zip, .npy or .npz
+    sets: str = "full"             # DPI's second parameters: "full", "gains-4", …
+    net: dict = field(default_factory=dict)  # of the backbone, without its channels
+    data: str = ""                 # what to train on, as load_images takes it
     size: int = 64                 # side of the images in pixels
-    n_held_out: int = 500          # images kept out of training
+    n_held_out: int = 500          # images kept out of training, to report
+    n_validation: int = 0          # images kept out of training, to choose
     draw: str = "stratified"       # how scalars are drawn, see draw_unit
     groups: int = 0                # scalars a batch; 0: one for each sample
     training: TrainSettings = field(default_factory=TrainSettings)
@@ -54,14 +61,29 @@ class Experiment:
     n_samples: int = 50_000        # images that the paper's table is made of
 
     def __post_init__(self):
-        for name, known in (("process", ("vp", "flow")), ("sampler", tuple(SAMPLERS)), ("draw", DRAWS)):
-            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        for name, low in (("size", 1), ("n_held_out", 0), ("groups", 0), ("sampler_steps", 1), ("n_samples", 1)):
+        words = dict(process=("vp", "flow"), sampler=tuple(SAMPLERS), draw=DRAWS)
+        for name, known in words.items():
             v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ValueError(f"{name} must be a whole number, at least {low}; got {v!r}")
-        if self.process not in SAMPLERS[self.sampler][0]: raise ValueError(f"the sampler {self.sampler!r} is for {' and '.join(SAMPLERS[self.sampler][0])}, not for {self.process}")
+            if v not in known: raise ValueError(_ONE_OF.format(name, ", ".join(known), v))
+        lowest = dict(size=1, n_held_out=0, n_validation=0, groups=0, sampler_steps=1,
+                      n_samples=1)
+        for name, low in lowest.items():
+            v = getattr(self, name)
+            if isinstance(v, bool) or not isinstance(v, int) or v < low:
+                raise ValueError(_WHOLE.format(name, low, v))
+        fit = SAMPLERS[self.sampler][0]
+        if self.process not in fit:
+            raise ValueError(_SAMPLER.format(self.sampler, " and ".join(fit), self.process))
+        if self.sets != "full" and self.conditioning != "dpi":
+            raise ValueError(_SETS.format(self.sets, self.conditioning))
 
-SAMPLERS = {   # name -> (processes, sampler(model, process, x_start, steps, generator=…, progress=…))
+_ONE_OF = "{} must be one of {}; got {!r}"
+_WHOLE = "{} must be a whole number, at least {}; got {!r}"
+_SAMPLER = "the sampler {!r} is for {}, not for {}"
+_SETS = "sets={!r} is about DPI's parameter sets; {!r} has none"
+
+# %% ../nbs/50_experiments.ipynb #5c1d7a31
+SAMPLERS = {   # name -> (processes, sampler(model, process, x_start, steps, …))
     "ddim": (("vp",), ddim),
     "ddim-eta1": (("vp",), partial(ddim, eta=1)),
     "ddpm": (("vp",), ddpm),
@@ -87,27 +109,35 @@ def make_objective(self: Experiment):
 @patch
 def make_model(self: Experiment,
     channels: int = 3,   # of the images
-) -> nn.Module:          # model(x, s) -> prediction, freshly initialised from the training seed
+) -> nn.Module:          # model(x, s) -> prediction; weights from the training seed
     "The conditioned network."
-    return build_model(self.backbone, self.conditioning, self.process, lam=self.lam, seed=self.training.seed,
-                       **{"in_channels": channels, "out_channels": channels, **self.net})
+    net = dict(in_channels=channels, out_channels=channels) | self.net
+    if self.sets != "full": net |= dict(sets=self.sets)
+    return build_model(self.backbone, self.conditioning, self.process, lam=self.lam,
+                       seed=self.training.seed, **net)
 
 @patch
 def make_data(self: Experiment) -> ImageSplit:
-    "Training and held-out images. Raises `ValueError` when no data are named or their size is another."
-    if not self.data: raise ValueError("this experiment names no data: give a folder, a .zip, an .npy or .npz of images, or 'digits' or 'photos'")
-    return load_images(self.data, size=self.size, n_held_out=self.n_held_out)
+    "The images. Raises `ValueError` when none are named or their size is another."
+    if not self.data: raise ValueError(_NO_DATA)
+    return load_images(self.data, size=self.size, n_held_out=self.n_held_out,
+                       n_validation=self.n_validation)
+
+_NO_DATA = ("this experiment names no data: give a folder, a .zip, an .npy or .npz of "
+            "images, or 'digits', 'photos', 'fashion' or 'berkeley'")
 
 @patch
 def sample(self: Experiment,
     model: Callable,             # a trained model(x, s)
     x_start: Tensor,             # standard normal noise, (B, C, H, W)
-    streams: list | None = None, # one generator per image, for samplers that need fresh noise
+    streams: list | None = None, # a generator per image, for samplers that draw noise
     steps: int | None = None,    # sampler steps; the experiment's own if not given
     progress: bool = True,       # show a progress bar
 ) -> Tensor:                     # images, shape of x_start
     "Samples with this experiment's sampler."
-    return SAMPLERS[self.sampler][1](model, self.make_process(), x_start, steps or self.sampler_steps, generator=streams, progress=progress)
+    sampler = SAMPLERS[self.sampler][1]
+    return sampler(model, self.make_process(), x_start, steps or self.sampler_steps,
+                   generator=streams, progress=progress)
 
 # %% ../nbs/50_experiments.ipynb #d46d459c
 def to_yaml(
