@@ -53,26 +53,26 @@ class Plan:
     others: dict = field(default_factory=dict)  # the same, for ways with one seed
     seeds: int = 3        # of the main rows
     budgets: tuple = ("steps", "time")          # what is held equal
-    noise_seeds: int = 2  # draws of noise for the error of each image at each level
-    n_samples: int = 200  # images sampled by each run; 0: none
+    noise_seeds: int = 1  # draws of noise for the error of each image at each level
+    n_samples: int = 160  # images sampled by each run; 0: none
     turn: int = 0         # how many seeds of the other studies' main rows go first
 
 _ALSO = ("dpi-linear", "gains-8", "low-rank-4", "low-rank-8", "full+gains-4",
          "t-map-wide", "ncsnv2", "sigma-map", "dpi-one-s", "dpi-two-s", "dpi-fresh")
-_FEW = ("t-map-wide", "gains-8", "low-rank-4", "ncsnv2", "sigma-map")
+_FEW = ("t-map-wide", "gains-8", "low-rank-4", "ncsnv2")
 
 STUDIES = {
-    "digits": Plan("digits", 400,
+    "digits": Plan("digits", 300,
         {"drunet-vp": MAIN, "drunet-flow": MAIN,
          "adm-vp": ("t-map", "mlp", "film", "gains-4")},
         {"drunet-vp": _ALSO, "drunet-flow": ("dpi-linear", "none"),
-         "adm-vp": ("dpi", "dpi-linear", "gains-1", "ncsnv2", "sigma-map", "dpi-one-s"),
-         "adm-flow": ("t-map", "mlp", "film", "gains-4", "dpi", "dpi-linear")}),
-    "photos": Plan("photos", 240, {"drunet-vp": MAIN, "drunet-flow": MAIN},
+         "adm-vp": ("dpi", "dpi-linear", "gains-1", "ncsnv2", "sigma-map"),
+         "adm-flow": ("t-map", "mlp", "film", "gains-4", "dpi")}),
+    "photos": Plan("photos", 200, {"drunet-vp": MAIN, "drunet-flow": MAIN},
         {"drunet-vp": _ALSO, "drunet-flow": ("dpi-linear", "none")}),
-    "fashion": Plan("fashion", 240, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
-    "berkeley": Plan("berkeley", 240, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
-    "long": Plan("photos", 1920, {"drunet-vp": MAIN}, seeds=1, budgets=("time",), turn=2),
+    "fashion": Plan("fashion", 200, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
+    "berkeley": Plan("berkeley", 200, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
+    "long": Plan("photos", 1600, {"drunet-vp": MAIN}, seeds=1, budgets=("time",), turn=2),
 }
 
 # %% ../nbs/52_tables.ipynb #5a2e0003
@@ -85,10 +85,10 @@ class Row:
 
 _SMALL = dict(widths=(16, 32, 64), n_blocks=1)     # a DRUNet for larger images
 _DATA = {   # by data: fields of the experiment, the DRUNet's settings, its batches
-    "digits": (dict(size=8, n_held_out=297, n_validation=150), {}, 64),
-    "photos": (dict(size=32, n_held_out=200, n_validation=100), _SMALL, 32),
-    "fashion": (dict(size=28, n_held_out=200, n_validation=100), _SMALL, 32),
-    "berkeley": (dict(size=32, n_held_out=200, n_validation=100), _SMALL, 32),
+    "digits": (dict(size=8, n_held_out=297, n_validation=100), {}, 64),
+    "photos": (dict(size=32, n_held_out=160, n_validation=48), _SMALL, 32),
+    "fashion": (dict(size=28, n_held_out=160, n_validation=48), _SMALL, 32),
+    "berkeley": (dict(size=32, n_held_out=160, n_validation=48), _SMALL, 32),
 }
 _WIDE = {(24, 64, 128): (34, 90, 181), (16, 32, 64): (23, 45, 90)}   # about √2 times
 
@@ -181,7 +181,7 @@ def study_jobs(
     return jobs
 
 LEVELS = 25         # slices of the schedule, in the middle of which errors are measured
-SAMPLER_STEPS = 50  # of the samples that are judged
+SAMPLER_STEPS = 25  # of the samples that are judged
 
 def job_seconds(
     plan: Plan,
@@ -197,9 +197,9 @@ def job_seconds(
 # %% ../nbs/52_tables.ipynb #327bccba
 def run_job(
     e: Experiment,
-    n_samples: int = 200,   # images to sample, with the experiment's sampler; 0: none
+    n_samples: int = 160,   # images to sample, with the experiment's sampler; 0: none
     levels: int = LEVELS,   # slices of the schedule
-    noise_seeds: int = 2,   # draws of noise at each, for the held-out error
+    noise_seeds: int = 1,   # draws of noise at each, for the held-out error
 ) -> tuple:                 # numbers as a dict; samples (n, H, W, C) uint8 or None; model
     "Trains, measures the errors by noise level, samples. Raises what `train` raises."
     data, process = _images(e), e.make_process()
@@ -246,7 +246,7 @@ def choose(
 
 # %% ../nbs/52_tables.ipynb #872d95bb
 def run_study(
-    studies="digits",       # a name in STUDIES, several, or "all"; or {name: Plan}
+    studies="digits",       # names in STUDIES, "a,b" or "all"; or {name: Plan}
     out="runs/tables",      # folder, with one for each study; what is there is not redone
     only: str = "*",        # rows to run, as a pattern such as "drunet-*-flow"
     workers: int = 2,       # processes, one thread each
@@ -268,11 +268,11 @@ def run_study(
                     if not f.result(): failed.append(done)
                     bar.update()
             if task is None or time.monotonic() > deadline: continue
-            running[pool.submit(_do_job, *task)] = str(_job_file(task[0], task[2]))
+            running[pool.submit(_do_job, *task)] = str(_job_file(task[0], task[2], "txt"))
     if failed: raise RuntimeError(_FAILED.format(len(failed), ", ".join(failed)))
     return Path(out)
 
-_FAILED = "{} runs failed and left a traceback in .txt beside {}"
+_FAILED = "{} of the runs failed, and left why in {}"
 
 def _job_file(folder, job, suffix="json") -> Path:
     "Where a job is stored."
@@ -301,11 +301,12 @@ def planned_jobs(
 ) -> list:              # (name, folder, Plan, job, Experiment, seconds), in order
     "All runs of some studies, done or not, the most important first. Raises `ValueError`."
     if studies == "all": studies = STUDIES
-    if isinstance(studies, str): studies = [studies]
+    if isinstance(studies, str): studies = studies.split(",")
     if not isinstance(studies, dict): studies = {k: _study(k) for k in studies}
     found = []
     for name, plan in studies.items():
-        rows, folder = _wanted(plan, only), output_folder(Path(out) / name)
+        rows, folder = _wanted(plan, only), Path(out) / name
+        if not rows: continue
         times = _study_times(folder, plan, rows)
         for job, e in study_jobs(plan, times).items():
             row = rows.get(job[0])
@@ -348,7 +349,7 @@ def plan_table(
 # %% ../nbs/52_tables.ipynb #5a2e0007
 def _study_times(folder, plan, rows) -> dict:
     "Step times of the rows, from study.json, which is made or completed."
-    path = folder / "study.json"
+    path = output_folder(folder) / "study.json"
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(times={})
     _refuse_other(folder, facts.get("plan"), plan)
     times = facts["times"]
