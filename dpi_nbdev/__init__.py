@@ -15,11 +15,12 @@ __version__ = "0.1.0"
 # %% ../nbs/60_api.ipynb #d63c7c1e
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
-    "monotone": "MonotoneLambda LinearLambda",
-    "sets": "ParameterSets select_parameters interpolate",
+    "monotone": "MonotoneLambda LinearLambda Tents",
+    "sets": "Full ParameterSets select_parameters interpolate blend",
     "ways": "LAYER_RULES affine_rule norm_rule",
     "dpi": "DPI param_groups check_exact",
-    "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional",
+    "lean": "Gains LowRank hidden_parameters",
+    "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional film",
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
     "build": "build_model save_model load_model",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.sets import *
     from dpi_nbdev.ways import *
     from dpi_nbdev.dpi import *
+    from dpi_nbdev.lean import *
     from dpi_nbdev.conditioning import *
     from dpi_nbdev.drunet import *
     from dpi_nbdev.adm import *

@@ -10,6 +10,7 @@ import copy, itertools, random, warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from fastcore.basics import patch
 
 from .core import as_scalar, seeded, uncompiled
 from .monotone import MonotoneLambda
-from .sets import (NotCopied, ParameterSets, bare_modules, deep_copy,
-                            fresh_copy, second_set, select_parameters, settled)
+from .sets import (Full, FullPart, NotCopied, ParameterSets, deep_copy,
+                            fresh_copy, mix_parameter, settled)
 from .ways import (AFFINE, CALL, EACH, METADATA, PLAIN, Inputs, counts,
                             flat_output, name_of, run, two_set_layers, uses_batch)
 
@@ -36,12 +37,16 @@ _GRANULARITIES = {   # what may be asked for -> the ways it allows, best first
 class DPI(nn.Module):
     "f((1-λ(s))·θ⁰ + λ(s)·θ¹, x) for any network f (eq. 2). Exact, or it raises."
     net: nn.Module; lam: Any      # declared for type checkers, as are the methods below
-    theta: Callable[..., tuple[dict, dict]]; freeze_at: Callable[..., nn.Module]
+    theta: Callable[..., tuple]; freeze_at: Callable[..., nn.Module]
     plan: Callable[..., str]; param_groups: Callable[..., list[dict]]
+    weigh: Callable[..., Tensor]
 
     def __init__(self,
         net: nn.Module,  # the network f; holds θ⁰ from now on
-        lam=None,        # λ: scalars -> [0, 1]; a MonotoneLambda on 0…999 if None
+        lam=None,        # λ: scalars -> [0, 1]; a MonotoneLambda on 0…999 if None;
+                         # a list of them for several scalars, one each
+        sets=Full(2),    # what the further sets are made of: Full, LowRank, Gains,
+                         # or a tuple of these, whose changes add
         select=None,     # what to interpolate, see select_parameters; None: all
         init="copy",     # where θ¹ starts: "copy" of θ⁰, "fresh", or another network
         granularity: str = "auto",  # how to run, see the table above
@@ -51,65 +56,164 @@ class DPI(nn.Module):
         _check_net(net)
         if granularity not in _GRANULARITIES:
             raise ValueError(_NO_WAY.format([*_GRANULARITIES], granularity))
-        names = select_parameters(net, select)
-        self.net, self.theta1 = net, second_set(net, names, init)
-        self.lam = MonotoneLambda() if lam is None else lam
-        self.sets = ParameterSets(net, self.theta1, names)
-        self.names, self.granularity, self.check = names, granularity, check
+        self.recipe = _recipe(sets)
+        self.lam = _lambdas(lam, self.recipe)
+        parts = [kind.make(net, select, init, self.scalars) for kind in self.recipe]
+        self.net, self.sets = net, ParameterSets(net, parts)
+        for name, tree in [pair for part in parts for pair in part.modules().items()]:
+            self.add_module(name, tree)
+        self.names, self.granularity, self.check = [*self.sets.places], granularity, check
         self.running, self.warned, self.kinds = False, False, {}
+        self.register_load_state_dict_pre_hook(_refuse_other_kinds)
         owners = {m: None for places in self.sets.places.values() for _, m, _ in places}
         for layer in owners: layer.register_forward_pre_hook(_Guard(self))
 
     def forward(self,
         x: Tensor,  # (B, ...): what the network takes
-        s,          # number, or tensor of shape () or (B,): the scalar
+        s,          # number, or tensor of shape () or (B,): the scalar;
+                    # several are a tuple of these, or a tensor (n,) or (B, n)
         *args,      # more inputs; tensors have the samples on their first axis
         **kwargs,   # more inputs; tensors are cut if their first axis counts samples
     ):
         "f at the interpolated parameters. Raises `ValueError` where that is inexact."
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        s = as_scalar(s, x)
+        s = _as_rows(s, x, self.scalars)
         inputs = Inputs.of((x, *args), kwargs, x.shape[0] if x.ndim else None)
         way, grouped = self._choose(s, inputs), self.granularity == "auto"
         self.running = True
         try:
             with _no_checkpoints():
-                return run(way, self.sets, self.lam, s, inputs, grouped)
+                return run(way, self.sets, self.weigh, s, inputs, grouped)
         finally: self.running = False
+
+# %% ../nbs/04_dpi.ipynb #d8d2510a
+def _recipe(sets):
+    "The kinds of sets, as a tuple. Raises `TypeError` for anything else."
+    kinds = tuple(sets) if isinstance(sets, (list, tuple)) else (sets,)
+    for kind in kinds:
+        ready = all(hasattr(kind, name) for name in ("curves", "weights", "make"))
+        if not ready or isinstance(kind, type): raise TypeError(_NO_KIND.format(kind))
+    if not kinds: raise TypeError(_NO_KIND.format(sets))
+    if len({type(kind) for kind in kinds}) < len(kinds):
+        raise ValueError(_KIND_TWICE.format(kinds))
+    return kinds
+
+def _listed(lam): return lam if isinstance(lam, (nn.ModuleList, tuple)) else [lam]
+
+def _lambdas(lam, recipe):
+    "λ, or λ for each of several scalars. Raises `ValueError` for other curves."
+    needed = sum(kind.curves for kind in recipe)
+    if lam is None: return MonotoneLambda(curves=needed)
+    if isinstance(lam, (list, tuple)):
+        are_modules = all(isinstance(v, nn.Module) for v in lam)
+        lam = nn.ModuleList(lam) if are_modules else tuple(lam)
+    if not len(_listed(lam)): raise ValueError("lam lists no λ at all")
+    for v in _listed(lam):
+        has = getattr(v, "curves", needed)
+        if has != needed: raise ValueError(_CURVES.format(recipe, needed, has))
+    return lam
+
+def _weigh(lams, recipe, s):
+    "Rows of scalars (R, n) -> weights of all parts (R, K): by part, then by scalar."
+    by_kind = [[] for _ in recipe]
+    for lam, column in zip(lams, s.unbind(1)):
+        values = lam(column)
+        if values.ndim == 1: values = values[:, None]
+        curves = [kind.curves for kind in recipe]
+        if values.shape[1] != sum(curves):
+            raise ValueError(_CURVES.format(recipe, sum(curves), values.shape[1]))
+        for kind, own, found in zip(recipe, values.split(curves, 1), by_kind):
+            found.append(kind.weights(own))
+    return torch.cat([w for found in by_kind for w in found], 1)
+
+def _as_rows(s, x, n):
+    "Scalars as rows: (1, n) for a whole batch, or (B, n)."
+    if n == 1: return as_scalar(s, x).reshape(-1, 1)
+    if isinstance(s, Tensor) and s.ndim in (1, 2) and s.shape[-1] == n: s = s.unbind(-1)
+    if not isinstance(s, (list, tuple)) or len(s) != n:
+        got = tuple(s.shape) if isinstance(s, Tensor) else s
+        raise ValueError(_SCALARS.format(n, got))
+    columns = [as_scalar(v, x).reshape(-1) for v in s]
+    return torch.stack(torch.broadcast_tensors(*columns), 1)
+
+def _refuse_other_kinds(model, state, prefix, *rest):
+    "Raises `ValueError` for the state of a DPI model with sets of another kind."
+    names = {k.removeprefix(prefix).partition(".")[0] for k in state
+             if k.startswith(prefix)} - {"net", "lam"}
+    own = {name for part in model.sets.parts for name in part.tree_names}
+    if names and names != own:
+        raise ValueError(_OTHER_KIND.format(sorted(names), model.recipe, sorted(own)))
+    for name in own:
+        for key, p in model.get_submodule(name).named_parameters():
+            saved = state.get(f"{prefix}{name}.{key}")
+            if saved is not None and saved.shape != p.shape:
+                shapes = tuple(saved.shape), tuple(p.shape)
+                raise ValueError(_OTHER_SHAPE.format(f"{name}.{key}", *shapes))
+
+_NO_KIND = ("sets must be Full(n), LowRank(rank), Gains(curves), or a tuple of these;"
+            " got {!r}")
+_KIND_TWICE = "sets={!r} names a kind twice"
+_CURVES = "sets={!r} needs a λ of {} curve(s), and this one has {}"
+_SCALARS = ("this model takes {0} scalars: a tuple of {0}, or a tensor of shape ({0},) or"
+            " (B, {0}); got {1!r}")
+_OTHER_KIND = ("the saved model has further sets under {}, and this one has sets={!r},"
+               " kept under {}: build it with the sets of the saved one")
+_OTHER_SHAPE = ("{!r} has shape {} in the saved model and {} here: another number of"
+                " curves, another rank, or another network")
 
 # %% ../nbs/04_dpi.ipynb #6085d8b9
 _NO_WAY = "granularity must be one of {}; got {!r}"
 
 @patch
-def theta(self:DPI) -> tuple:  # two dictionaries from name to parameter
-    "θ⁰ and θ¹, the interpolated parameters only."
-    return self.sets.first(), self.sets.second()
+def theta(self:DPI) -> tuple:  # dictionaries from name to parameter
+    "θ⁰, θ¹, …, the interpolated parameters only; of lean sets as they are now."
+    further = [part.values() for part in self.sets.parts]
+    if len(further) == 1 and isinstance(self.sets.parts[0], FullPart):
+        count = self.sets.count
+        return self.sets.first(), *({n: v[k] for n, v in further[0].items()}
+                                    for k in range(count))
+    corners = torch.eye(self.sets.count, device=next(self.parameters()).device)
+    return self.sets.first(), *(self.sets.at(w) for w in corners)
 
 @patch
 def freeze_at(self:DPI,
-    s,                              # number or one-element tensor in λ's range
+    s,                              # number or one-element tensor in λ's range;
+                                    # several scalars as a tuple, or a tensor (n,)
     into: nn.Module | None = None,  # what an earlier call returned, to be mixed again
 ) -> nn.Module:
     "The plain network f(θ, ·) with θ interpolated at `s`; it shares nothing with this."
-    s = as_scalar(s)
-    if s.numel() != 1:
-        raise ValueError(f"freeze_at takes one scalar, got shape {tuple(s.shape)}")
-    with torch.no_grad(): plain = self.sets.freeze(self.lam(s.reshape(1)), into)
+    s = _as_rows(s, None, self.scalars)
+    if len(s) != 1: raise ValueError(f"freeze_at takes one scalar, got {len(s)}")
+    with torch.no_grad(): plain = self.sets.freeze(self.weigh(s)[0], into)
     if into is None: _unguard(plain)
     return plain
 
 @patch
 def param_groups(self:DPI, lr: float = 1e-5, phi_lr: float = 1e-3,
-                 weight_decay: float = 0.05) -> list:
+                 weight_decay: float = 0.05, gains_lr: float | None = None) -> list:
     "`param_groups` of this model."
-    return param_groups(self, lr, phi_lr, weight_decay)
+    return param_groups(self, lr, phi_lr, weight_decay, gains_lr)
 
 @patch
 def extra_repr(self:DPI):
-    n = sum(p.numel() for p in self.theta1.parameters())
-    return (f'granularity="{self.granularity}", tensors interpolated:'
-            f" {len(self.names)}, parameters in them: 2 × {n:,}")
+    theta0 = self.sets.first().values()
+    trees = [t for part in self.sets.parts for t in part.trees]
+    more = sum(p.numel() for t in trees for p in t.parameters())
+    kinds = ", ".join(map(repr, self.recipe))
+    return (f'sets={kinds}, granularity="{self.granularity}", tensors interpolated:'
+            f" {len(theta0)}, parameters in them: {sum(p.numel() for p in theta0):,}"
+            f" + {more:,}")
+
+@patch(as_prop=True)
+def scalars(self:DPI): return len(_listed(self.lam))   # how many the model takes
+
+@patch
+def weigh(self:DPI,
+    s: Tensor,    # (R, n), rows of scalars
+) -> Tensor:      # (R, K), the weights of the further sets
+    "λ of the scalars, as weights; with two sets λ itself."
+    return _weigh(_listed(self.lam), self.recipe, s)
 
 @patch
 def __getstate__(self:DPI): return {**self.__dict__, "kinds": {}}   # a copy looks again
@@ -249,12 +353,15 @@ def _wiggled(p, eps, draw):
     noise = torch.rand(p.shape, generator=draw).sub_(0.5).mul_(2 * eps)
     return p + p * noise.to(p)
 
-def _two_scalars(lam, s):
-    "Two scalars inside λ's range; of a λ that has none to tell, two that it was given."
-    if hasattr(lam, "s_min") and hasattr(lam, "s_max"):
-        inner = torch.tensor([0.3, 0.8], device=s.device)
-        return lam.s_min + inner * (lam.s_max - lam.s_min)
-    return s.detach().reshape(-1)[[0, -1]]
+def _two_rows(lams, s):
+    "Two rows inside λ's range; of a λ that has none to tell, two that it was given."
+    inner = torch.tensor([0.3, 0.8], device=s.device)
+    columns = []
+    for lam, given in zip(lams, s.detach().unbind(1)):
+        has_range = hasattr(lam, "s_min") and hasattr(lam, "s_max")
+        within = lambda: lam.s_min + inner * (lam.s_max - lam.s_min)
+        columns.append(within() if has_range else given[[0, -1]])
+    return torch.stack(columns, 1)
 
 @contextmanager
 def _same_draws(seed, device):
@@ -333,12 +440,17 @@ class _Comparison:
         draw = seeded(seed)
         self.inputs = Inputs([*map(_own, inputs.leaves)], inputs.spec, inputs.cut)
         self.inputs.leaves[0] = _near(inputs.leaves[0], draw)
-        self.a, self.b = self.scalars = _two_scalars(model.lam, s)
+        self.a, self.b = self.scalars = _two_rows(_listed(model.lam), s)
         leaf = lambda p: _near(p, draw).requires_grad_(self.grads and p.requires_grad)
         self.theta0 = {n: leaf(p) for n, p in model.sets.first().items()}
-        self.theta1 = {n: leaf(p) for n, p in model.sets.second().items()}
+        self.parts = [part.copied() for part in model.sets.parts]
+        with torch.no_grad():
+            for p in self.roots({}, self.parts).values():
+                p.copy_(_near(p, draw)).requires_grad_(self.grads and p.requires_grad)
         self.lam = copy.deepcopy(model.lam)   # a place for gradients
-        phi = self.lam.parameters() if isinstance(self.lam, nn.Module) else ()
+        self.weigh = partial(_weigh, _listed(self.lam), model.recipe)
+        phi = [p for lam in _listed(self.lam) if isinstance(lam, nn.Module)
+               for p in lam.parameters()]
         self.phi = {f"φ {k}": p for k, p in enumerate(phi) if self.grads}
         self.watch = _Watch(model.sets.first())
         self.eps = _roundoff(self.inputs.leaves[0].device.type, self.theta0)
@@ -359,11 +471,14 @@ class _Comparison:
         inputs.leaves[0] = x.clone()   # the network may change it in place
         return inputs, x
 
-    def roots(self, theta0, theta1):
-        "Everything with respect to which gradients are compared, beside x."
-        zero = {f"θ⁰ of {n!r}": p for n, p in theta0.items()}
-        one = {f"θ¹ of {n!r}": p for n, p in theta1.items()}
-        return zero | one | self.phi
+    def roots(self, theta0, parts):
+        "Everything with respect to which gradients are compared, beside x and φ."
+        roots = {f"θ⁰ of {n!r}": p for n, p in theta0.items()}
+        trees = [pair for part in parts for pair in part.modules().items()]
+        for tree_name, tree in trees:
+            label = tree_name.replace("theta", "θ").translate(_RAISED)
+            roots |= {f"{label} of {n!r}": p for n, p in tree.named_parameters()}
+        return roots
 
     def conditions(self):
         "Alike random numbers, and no checkpointing."
@@ -373,6 +488,8 @@ class _Comparison:
         return stack
 
 # %% ../nbs/04_dpi.ipynb #7faad74e
+_RAISED = str.maketrans("123456789", "¹²³⁴⁵⁶⁷⁸⁹")
+
 def _own(v):
     "A copy of an input, where that can be had."
     if isinstance(v, Tensor): return v.detach().clone()
@@ -400,9 +517,10 @@ def _roundoff(device, params):
 @patch
 def plain(self:_Comparison, s, inputs, eps=0., rows=slice(None), n=None):
     "The plain network with the state dict of eq. (2) at `s`."
-    w = self.lam(s)
-    mixed = {k: (1 - w.to(p)) * p + w.to(p) * self.theta1[k]
-             for k, p in self.theta0.items()}
+    w, held = self.weigh(s[None])[0], {k: [] for k in self.theta0}
+    for part, span in zip(self.parts, self.model.sets.spans):
+        for k, values in part.values().items(): held[k].append((part, values, span))
+    mixed = {k: mix_parameter(k, p, held[k], w) for k, p in self.theta0.items()}
     net, draw = self.network(), seeded(self.seed)
     params = dict(net.named_parameters())
     with torch.no_grad():
@@ -431,7 +549,7 @@ def chained(self:_Comparison, mixed, inner):
     for k, p in mixed.items():
         known = inner[k] is not None and p.requires_grad
         if known: total = total + (p.conj() * inner[k]).sum().real
-    return _gradients(total, self.roots(self.theta0, self.theta1))
+    return _gradients(total, self.roots(self.theta0, self.parts) | self.phi)
 
 _REWRITES = ("the network rewrites its parameter {!r} during the forward pass, which"
              " would be lost on interpolated parameters (max_norm of an embedding,"
@@ -464,24 +582,22 @@ def by(self:_Comparison, way):
     with torch.no_grad():
         for n, p in self.theta0.items(): params[n].copy_(p)
     settled(net)
-    second = {n: nn.Parameter(p.detach().clone(), p.requires_grad)
-              for n, p in self.theta1.items()}
-    sets = ParameterSets(net, bare_modules(second), list(self.theta0))
+    sets = ParameterSets(net, [part.copied() for part in self.parts])
     buffers = {n: b.clone() for n, b in net.named_buffers()}
     for scalars in ([self.b, self.a], [self.a, self.b]):
         now = dict(net.named_buffers())
         with torch.no_grad():
             for n, b in buffers.items(): now[n].copy_(b)
-        s = torch.stack(scalars) if self.several else scalars[0]
+        s = torch.stack(scalars) if self.several else scalars[0][None]
         inputs, x = self.started(self.inputs)
-        with self.conditions(): y = run(way, sets, self.lam, s, inputs)
+        with self.conditions(): y = run(way, sets, self.weigh, s, inputs)
         now = dict(net.named_buffers())
         changed = [n for n, b in buffers.items() if not torch.equal(b, now[n])]
         if changed and way == "unique": raise ValueError(_UPDATES.format(changed[0]))
     if way == "vmap" and _holds_vmapped(net): raise ValueError(_KEEPS)
     leaves, spec = tree_flatten(y)
     if not self.grads: return _Answer(leaves, spec, {})
-    starts = {**self.roots(sets.first(), sets.second()), "x": x}
+    starts = {**self.roots(sets.first(), sets.parts), **self.phi, "x": x}
     return _Answer(leaves, spec, _gradients(_random_sum(leaves), starts))
 
 def _holds_vmapped(net):
@@ -613,10 +729,10 @@ class _Kind:
     calls: int = 0     # and how many layers it calls
 
 def several(
-    s: Tensor,  # () or (B,)
+    s: Tensor,  # (), (B,), or rows of scalars (B, n)
 ) -> bool:
     "Are there different scalars? Those that cannot be looked at count as different."
-    if s.ndim == 0 or len(s) == 0: return False
+    if s.ndim == 0 or len(s) == 0 or s.ndim > 1 and len(s) == 1: return False
     if s.is_meta or torch.compiler.is_compiling(): return True
     return bool((s != s[0]).any())
 
@@ -759,16 +875,16 @@ def _ways(self:DPI, s, kind=None):
 @patch
 def _few(self:DPI, s, kind):
     "Are there so few different scalars that a run for each is cheaper than vmap?"
-    numbers = sum(p.numel() for p in self.theta1.parameters())
+    numbers = sum(p.numel() for p in self.sets.first().values())
     each = kind.calls * CALL + EACH * numbers
     return len(s.unique()) * each < len(s) * kind.work
 
 @patch
 def plan(self:DPI,
-    s,      # number, or tensor of shape () or (B,)
+    s,      # number, or tensor of shape () or (B,); several scalars as in forward
 ) -> str:   # "shared", "layers", "vmap" or "unique"
     "How a call with `s` runs, as far as is known: the first call of its kind decides."
-    s = as_scalar(s)
+    s = _as_rows(s, None, self.scalars)
     bad = {w for kind in self.kinds.values() for w, v in kind.verdicts.items() if v}
     ways = self._ways(s, next(reversed(self.kinds.values()), None))
     return next((w for w in ways if w not in bad), ways[0])
@@ -778,21 +894,20 @@ def plan(self:DPI,
 def check_exact(
     model: DPI,       # in eval mode, or without dropout and batch norm
     x: Tensor,        # (B, ...)
-    s: Tensor,        # (B,)
+    s: Tensor,        # (B,); several scalars as a tuple, or (B, n)
     *args, **kwargs,  # what else the network takes
 ) -> float:           # largest difference, relative to the output's size if over 1
     "Compares `model(x, s)` with the plain network at each sample's own state dict."
-    inputs, s = Inputs.of((x, *args), kwargs, len(s)), as_scalar(s, x)
+    inputs, given = Inputs.of((x, *args), kwargs, len(x)), s
+    s = _as_rows(s, x, model.scalars).expand(len(x), -1)
     cloned = inputs.map(torch.clone, every=True)
-    answer = cloned.call(lambda x, *args, **kwargs: model(x, s, *args, **kwargs))
+    answer = cloned.call(lambda x, *args, **kwargs: model(x, given, *args, **kwargs))
     y = tree_leaves(answer)
     model._choose(s, inputs)   # finds out which inputs are cut
-    theta0, theta1 = model.theta()
     worst = 0.
-    for i, w in enumerate(model.lam(s)):
+    for i, w in enumerate(model.weigh(s)):
         plain = fresh_copy(model.net)
-        mixed = {n: (1 - w.to(p)) * p + w.to(p) * theta1[n] for n, p in theta0.items()}
-        plain.load_state_dict(mixed, strict=False)
+        plain.load_state_dict(model.sets.at(w), strict=False)
         alone = tree_leaves(inputs.take([i]).map(torch.clone, every=True).call(plain))
         for a, b in zip(y, alone):
             if not isinstance(b, Tensor): continue
@@ -805,12 +920,21 @@ def param_groups(
     model: nn.Module,             # any model
     lr: float = 1e-5,             # learning rate of the networks (paper: 1e-5)
     phi_lr: float = 1e-3,         # learning rate of φ (paper: 1e-3)
-    weight_decay: float = 0.05,   # of the networks (paper: 0.05); φ has none
+    weight_decay: float = 0.05,   # of the networks (paper: 0.05); φ and gains have none
+    gains_lr: float | None = None,  # of gains and shifts; None: what their sets ask for
 ) -> list:                        # groups for a PyTorch optimizer, each with a "name"
-    "θ and φ as two parameter groups. φ is what a `MonotoneLambda` holds."
+    "θ, gains and φ as parameter groups. φ is what a `MonotoneLambda` holds."
     phi = [m.phi for m in model.modules() if isinstance(m, MonotoneLambda)]
-    ids = {id(p) for p in phi}
-    theta = [p for p in model.parameters() if id(p) not in ids]
-    groups = [dict(name="theta", params=theta, lr=lr, weight_decay=weight_decay),
-              dict(name="phi", params=phi, lr=phi_lr, weight_decay=0.)]
+    gains = {}   # rate -> parameters
+    for part in (p for m in model.modules() if isinstance(m, DPI) for p in m.sets.parts):
+        if part.rate is None: continue
+        rate = lr * part.rate if gains_lr is None else gains_lr
+        own = [p for tree in part.trees for p in tree.parameters()]
+        gains.setdefault(rate, []).extend(own)
+    apart = {id(p) for group in (phi, *gains.values()) for p in group}
+    theta = [p for p in model.parameters() if id(p) not in apart]
+    groups = [dict(name="theta", params=theta, lr=lr, weight_decay=weight_decay)]
+    groups += [dict(name="gains", params=own, lr=rate, weight_decay=0.)
+               for rate, own in gains.items()]
+    groups += [dict(name="phi", params=phi, lr=phi_lr, weight_decay=0.)]
     return [g for g in groups if g["params"]]

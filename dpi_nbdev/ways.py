@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'CALL', 'EACH', 'OWN', 'TOUCH', 'AT_ONCE', 'LAYER_RULES', 'AFFINE', 'METADATA', 'Inputs', 'counts',
-           'flat_output', 'Weights', 'affine_rule', 'norm_rule', 'two_set_layers', 'run_layers', 'name_of',
+           'flat_output', 'Weights', 'Held', 'affine_rule', 'norm_rule', 'two_set_layers', 'run_layers', 'name_of',
            'uses_batch', 'run_vmap', 'run_groups', 'run']
 
 # %% ../nbs/03_ways.ipynb #7bba47e1
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastcore.basics import patch
 
-from .sets import ParameterSets, interpolate
+from .sets import FullPart, ParameterSets, blend, interpolate, mix_parameter
 
 # %% ../nbs/03_ways.ipynb #16e33098
 @dataclass
@@ -101,9 +101,9 @@ def _replaced(forwards):
 # %% ../nbs/03_ways.ipynb #6c1548af
 @dataclass
 class Weights:
-    "λ of a batch: for each sample, and where samples share it for each group."
-    each: Tensor                   # (B, 1)
-    groups: Tensor | None = None   # (K, 1), of K groups of neighbouring samples
+    "Weights of a batch: for each sample, and where samples share them by group."
+    each: Tensor                   # (B, K), for K further sets
+    groups: Tensor | None = None   # (G, K), of G groups of neighbouring samples
     sizes: list | None = None      # how many samples each group has
 
     @classmethod
@@ -112,12 +112,41 @@ class Weights:
         each = groups.repeat_interleave(count, 0, output_size=sum(sizes))
         return cls(each, groups, sizes)
 
-    def beside(self, y):
-        "λ for each sample, shaped to multiply `y`. Raises `ValueError` if none fits."
+    def beside(self, x):
+        "The weights of each sample of `x`. Raises `ValueError` if it has others."
         # One row for all (a table of positions) becomes a row for each.
-        if not (counts(y, len(self.each)) or counts(y, 1)):
-            raise ValueError(_NO_SAMPLES.format(tuple(y.shape), len(self.each)))
-        return self.each.view(-1, *[1] * (y.ndim - 1))
+        if not (counts(x, len(self.each)) or counts(x, 1)):
+            raise ValueError(_NO_SAMPLES.format(tuple(x.shape), len(self.each)))
+        return self.each
+
+# %% ../nbs/03_ways.ipynb #74a5190c
+class Held:
+    "One layer's parameters, and what further sets add to them."
+    def __init__(self,
+        layer: nn.Module,
+        names: dict,     # attribute -> name of the parameter
+        further: dict,   # see ParameterSets.further
+    ):
+        self.layer, self.names = layer, names
+        self.added = {leaf: further[name] for leaf, name in names.items()}
+
+    def mix(self, leaf, w):  # w: (K,), or (B, K) for B at once
+        "A parameter at weights `w`; one that has a single value has it for all."
+        p = self.layer._parameters[leaf]
+        if leaf not in self.added: return p[None] if w.ndim > 1 else p
+        return mix_parameter(self.names[leaf], p, self.added[leaf], w)
+
+    def mixed(self, w): return {leaf: self.mix(leaf, w) for leaf in self.added}
+
+    def full(self):
+        "Further sets of complete values, attribute -> tensor; None for other kinds."
+        alone = all(len(a) == 1 and _is_full(a[0][0]) for a in self.added.values())
+        if not alone: return None
+        count = len(next(iter(self.added.values()))[0][1])
+        return [{leaf: a[0][1][k] for leaf, a in self.added.items()}
+                for k in range(count)]
+
+def _is_full(part): return isinstance(part, FullPart)
 
 # %% ../nbs/03_ways.ipynb #c22815a8
 class _OwnKernels(torch.autograd.Function):
@@ -170,76 +199,95 @@ def _settings(layer):
 
 # %% ../nbs/03_ways.ipynb #78ff6e6d
 CALL, EACH, OWN = 6e6, 60, 110   # prices in floating-point operations
-TOUCH = dict(twice=250, groups=40, own=80)   # of passing once more over each number
+TOUCH = dict(beside=250, groups=40, own=80)   # of passing once more over each number
 AT_ONCE = 5e5   # numbers in the kernels that are made at once
 
-def affine_rule(layer, theta1, w, x, *args):
+def affine_rule(layer, held, w, x, *args):
     "A layer that is affine in its parameters, in the cheapest of three ways."
-    lam, forward = w.beside(x), partial(type(layer).forward, layer)
-    how = _cheapest(layer, theta1, w, x) if not args else "twice"
+    each, forward = w.beside(x), partial(type(layer).forward, layer)
+    how = _cheapest(layer, held, w, x) if not args else "beside"
     if how == "groups":
         parts = []
-        for lam, part in zip(w.groups[:, 0], x.split(w.sizes)):
-            mixed = {leaf: interpolate(layer._parameters[leaf], p, lam)
-                     for leaf, p in theta1.items()}
-            with _lent(layer, mixed): parts.append(forward(part))
+        for own, part in zip(w.groups, x.split(w.sizes)):
+            with _lent(layer, held.mixed(own)): parts.append(forward(part))
         return torch.cat(parts)
     if how == "own":
-        lam = w.each[:, 0].to(layer.weight.dtype)
-        settings = _settings(layer)
-        y = _OwnKernels.apply(x, layer.weight, theta1["weight"], lam, settings)
-        if layer.bias is None: return y
-        bias = layer.bias[None]
-        if "bias" in theta1: bias = interpolate(bias, theta1["bias"][None], w.each)
-        return y + bias.view(*bias.shape, *[1] * (y.ndim - 2))
-    y0 = forward(x, *args)
-    with _lent(layer, theta1): y1 = forward(x, *args)
-    return interpolate(y0, y1, lam.view(-1, *[1] * (y0.ndim - 1)))
+        lam = each[:, 0].to(layer.weight.dtype)
+        second = held.full()[0]["weight"]
+        y = _OwnKernels.apply(x, layer.weight, second, lam, _settings(layer))
+        return y if layer.bias is None else y + _along(y, held.mix("bias", each), 1)
+    return _beside(layer, held, each, x, lambda x: forward(x, *args))
 
-def _cheapest(layer, theta1, w, x):
+def _along(y, v, axis):
+    "`v` (B or 1, C), shaped to meet axis `axis` of `y`: the channels, 1 or -1."
+    return v.view(len(v), *[1] * (y.ndim - 2), -1) if axis == -1 else (
+        v.view(*v.shape, *[1] * (y.ndim - 2)))
+
+def _beside(layer, held, each, x, forward):
+    "The further sets beside θ⁰ on the whole batch, outputs mixed."
+    if (sets := held.full()) is not None:
+        outputs = [forward(x)]
+        for tensors in sets:
+            with _lent(layer, tensors): outputs.append(forward(x))
+        return blend(outputs, each)
+    bias = layer._parameters.get("bias")
+    unbiased = {} if bias is None else {"bias": None}
+    def run(x, weight):
+        with _lent(layer, {"weight": weight, **unbiased}): return forward(x)
+    y = total = run(x, layer.weight)
+    for k, (part, values, span) in enumerate(held.added.get("weight", [])):
+        name = held.names["weight"]
+        more = part.outputs(name, run, x, y, values, each[:, span])
+        total = more if k == 0 else total + (more - y)
+    if bias is None: return total
+    axis = 1 if isinstance(layer, _CONVS) else -1
+    return total + _along(total, held.mix("bias", each), axis).to(total.dtype)
+
+def _cheapest(layer, held, w, x):
     "Which of the three ways is cheapest, by shapes alone."
     linear = isinstance(layer, nn.Linear)
     known = linear or isinstance(layer, _CONVS)
-    if x.ndim < 2 or not known or len(x) != len(w.each): return "twice"
+    if x.ndim < 2 or not known or len(x) != len(w.each): return "beside"
+    parts = [part for added in held.added.values() for part, _, _ in added]
+    if "weight" not in held.added or all(part.is_light for part in parts): return "beside"
     size, turned = layer.weight.numel(), getattr(layer, "transposed", False)
     before = x.numel() / x.shape[-1 if linear else 1]         # positions in the input
     stride = 1 if linear else prod(layer.stride)
     after = before * stride if turned else before / stride    # and in the output
     y = after * (layer.out_features if linear else layer.out_channels)
-    work = 2 * size * (before if turned else after)
-    price = {"twice": work + TOUCH["twice"] * y}
+    rows = before if turned else after
+    more = sum(v.numel() for _, values, _ in held.added["weight"] for v in values)
+    price = {"beside": 2 * rows * more + TOUCH["beside"] * y}
     if w.sizes is not None:
         price["groups"] = len(w.sizes) * (CALL + EACH * size) + TOUCH["groups"] * y
-    if _own_is_possible(layer, theta1, x):
+    if _own_is_possible(layer, held, x):
         price["own"] = OWN * size * len(x) + TOUCH["own"] * (x.numel() + y)
     return min(price, key=price.get)
 
-def _own_is_possible(layer, theta1, x):
+def _own_is_possible(layer, held, x):
     "May this convolution have a kernel for each sample?"
+    sets = held.full()
+    if sets is None or len(sets) > 1 or "weight" not in sets[0]: return False
     if x.device.type != "cpu" or not isinstance(layer, _CONVS): return False
     if torch.compiler.is_compiling(): return False   # no clear gain was measured
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …
     low = torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    whole = "weight" in theta1 and layer.weight.is_floating_point()
-    return plain and whole and not (inner or low)
+    return plain and layer.weight.is_floating_point() and not (inner or low)
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
           nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # %% ../nbs/03_ways.ipynb #43116594
-def norm_rule(layer, theta1, w, x):
+def norm_rule(layer, held, w, x):
     "A normalisation: normalises once, then each sample has its own gain and shift."
-    w.beside(x)
+    each = w.beside(x)
     own = {n: p for n, p in layer._parameters.items() if p is not None}
     with _lent(layer, dict.fromkeys(own)): y = type(layer).forward(layer, x)
     last = isinstance(layer, (nn.LayerNorm, nn.RMSNorm))   # parameters of the last axes
     def of_samples(name):
-        p = own[name]
-        value, ones = p[None], [1] * (x.ndim - 1 - p.ndim)
-        if name in theta1:
-            lam = w.each.view(-1, *[1] * p.ndim)
-            value = interpolate(value, theta1[name][None], lam)
+        p, value = own[name], held.mix(name, each)
+        ones = [1] * (x.ndim - 1 - p.ndim)
         return value.view(len(value), *(ones if last else []), *p.shape,
                           *([] if last else ones))
     if "weight" in own: y = y * of_samples("weight")
@@ -255,27 +303,34 @@ LAYER_RULES = {   # a layer's forward -> what it does with two sets
 def two_set_layers(
     sets: ParameterSets,
 ) -> dict | None:  # layer -> {attribute: name of the parameter}
-    "The layers that can hold both sets; None if a parameter lies elsewhere."
-    layers = {}
+    "The layers that can hold all sets; None if a parameter lies elsewhere."
+    layers, lean = {}, set()   # lean parts know what layers do with weight and bias
+    for part in sets.parts: lean |= set() if _is_full(part) else set(part.names)
     for name, places in sets.places.items():
         for _, layer, leaf in places:
             plain = "forward" not in vars(layer) and not is_parametrized(layer)
             if not plain or type(layer).forward not in LAYER_RULES: return None
+            if name in lean and not _is_usual(layer, leaf): return None
             layers.setdefault(layer, {})[leaf] = name
     return layers
+
+def _is_usual(layer, leaf):
+    "Do lean sets know what the layer does with this parameter?"
+    matrix = leaf == "weight" and layer._parameters[leaf].ndim > 1
+    known = matrix or leaf == "bias"
+    return known or LAYER_RULES[type(layer).forward] is norm_rule
 
 def run_layers(
     sets: ParameterSets,
     w: Weights,
     inputs: Inputs,
 ):
-    "Every layer runs with both of its sets."
+    "Every layer runs with all of its sets."
     sets.first()   # raises if the network was rebuilt
-    theta1, forwards = sets.second(), {}
+    further, forwards = sets.further(), {}
     for layer, leaves in two_set_layers(sets).items():
         rule = LAYER_RULES[type(layer).forward]
-        second = {leaf: theta1[n] for leaf, n in leaves.items()}
-        forwards[layer] = partial(rule, layer, second, w)
+        forwards[layer] = partial(rule, layer, Held(layer, leaves, further), w)
     with _replaced(forwards): return inputs.call(sets.net)
 
 # %% ../nbs/03_ways.ipynb #c9927a18
@@ -292,18 +347,19 @@ def name_of(func):
     return func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
 
 class _TwoSets(TorchFunctionMode):
-    "Inside, an operation that meets a placeholder runs with both sets, or the mix."
-    def __init__(self, pairs, lam):  # pairs: id(placeholder) -> (θ⁰, θ¹)
+    "Inside, an operation that meets a placeholder runs with all sets, or the mix."
+    def __init__(self, params, twice, w):  # w: (K,), the weights of the sample
         super().__init__()
-        self.pairs, self.lam, self.made = pairs, lam, {}
+        self.params = params   # id(placeholder) -> (name, θ⁰, what is added to it)
+        self.twice, self.w, self.made = twice, w, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not self.meets((args, kwargs)): return func(*args, **kwargs)
         # As the *input* of a layer a placeholder is no weight: it needs the mix.
         given = args[0] if args else kwargs.get("input")
-        if func in AFFINE and not self.meets(given):
-            return self.twice(func, args, kwargs)
+        if self.twice and func in AFFINE and not self.meets(given):
+            return self.with_all(func, args, kwargs)
         which = 0 if name_of(func) in METADATA else None
         return func(*self.fill(args, which), **self.fill(kwargs, which))
 
@@ -311,14 +367,16 @@ class _TwoSets(TorchFunctionMode):
         "Is there a placeholder in `a`?"
         if isinstance(a, dict): a = list(a.values())
         if isinstance(a, (list, tuple)): return any(map(self.meets, a))
-        return id(a) in self.pairs
+        return id(a) in self.params
 
     def fill(self, a, which=None):
-        "`a` with placeholders replaced: by θ⁰ (0), θ¹ (1), or the sample's own mix."
+        "`a` with placeholders replaced: by θ⁰ (0), θ¹ (1), …, or the sample's own mix."
         if isinstance(a, dict): return {k: self.fill(v, which) for k, v in a.items()}
         if isinstance(a, (list, tuple)): return type(a)(self.fill(v, which) for v in a)
-        if id(a) not in self.pairs: return a
-        return self.mixed(id(a)) if which is None else self.pairs[id(a)][which]
+        if id(a) not in self.params: return a
+        if which is None: return self.mixed(id(a))
+        _, p, added = self.params[id(a)]
+        return [p, *added[0][1]][which] if which else p
 
 # %% ../nbs/03_ways.ipynb #922cdaea
 @patch
@@ -327,23 +385,24 @@ def mixed(self:_TwoSets, key):
     mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch._C._functorch.maybe_current_level())
     if (key, mode) not in self.made:
-        self.made[key, mode] = interpolate(*self.pairs[key], self.lam)
+        name, p, added = self.params[key]
+        self.made[key, mode] = mix_parameter(name, p, added, self.w)
     return self.made[key, mode]
 
 @patch
-def twice(self:_TwoSets, func, args, kwargs):
-    "Both sets on the whole batch, outputs mixed; in autocast's precision."
-    device, low = self.lam.device.type, lambda a: a
+def with_all(self:_TwoSets, func, args, kwargs):
+    "All sets on the whole batch, outputs mixed; in autocast's precision."
+    device, low = self.w.device.type, lambda a: a
     is_layer = func is not F.embedding and device != "meta"
     if is_layer and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         is_float = lambda a: isinstance(a, Tensor) and a.is_floating_point()
         low = lambda a: a.to(dtype) if is_float(a) else a
     y = []
-    for i in (0, 1):
+    for i in range(len(self.w) + 1):
         named = {k: low(self.fill(a, i)) for k, a in kwargs.items()}
         y.append(func(*[low(self.fill(a, i)) for a in args], **named))
-    return interpolate(*y, self.lam)
+    return blend(y, self.w)
 
 # %% ../nbs/03_ways.ipynb #3ae62b86
 class _WholeBatch(torch.autograd.Function):
@@ -381,17 +440,18 @@ def run_vmap(
     inputs: Inputs,
 ):
     "The network sees one sample at a time, PyTorch computes all of them."
-    theta0, theta1 = sets.first(), sets.second()
+    theta0, further = sets.first(), sets.further()
     hollow = lambda p: torch.empty((), dtype=p.dtype, device="meta").expand(p.shape)
     slots = {n: hollow(p) for n, p in theta0.items()}
-    pairs = {id(slots[n]): (theta0[n], theta1[n]) for n in slots}
+    params = {id(slots[n]): (n, p, further[n]) for n, p in theta0.items()}
+    twice = len(sets.parts) == 1 and _is_full(sets.parts[0])
     norms = {m: partial(_batch_norm, m) for m in sets.modules if uses_batch(m)}
     rest = None   # what is no tensor in the output, and how the parts fit together
-    def one_sample(lam, *own):
+    def one_sample(w, *own):
         nonlocal rest
         own = iter([v[None] for v in own])
         one = inputs.map(lambda _: next(own))
-        with _TwoSets(pairs, lam), _replaced(norms):
+        with _TwoSets(params, twice, w), _replaced(norms):
             y = one.call(lambda *args, **kwargs: sets.run(slots, args, kwargs))
         leaves, spec = flat_output(y, 1)
         rest = [(isinstance(v, Tensor), v) for v in leaves], spec
@@ -400,7 +460,7 @@ def run_vmap(
     # The fused attention of CPUs has no vmap rule.
     plain = w.each.device.type in ("cpu", "meta")
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        made = iter(vmap(one_sample, randomness="different")(w.each[:, 0], *cut))
+        made = iter(vmap(one_sample, randomness="different")(w.each, *cut))
     leaves, spec = rest
     filled = [next(made) if is_tensor else v for is_tensor, v in leaves]
     return tree_unflatten(filled, spec)
@@ -408,12 +468,13 @@ def run_vmap(
 # %% ../nbs/03_ways.ipynb #97666c3a
 def run_groups(
     sets: ParameterSets,
-    w: Tensor,       # (K, 1), of K groups
+    w: Tensor,       # (G, K), of G groups
     group: Tensor,   # (B,), to which each sample belongs
     inputs: Inputs,
 ):
     "One run of the network for each group."
-    index, outs = [(group == k).nonzero().squeeze(1) for k in range(len(w))], []
+    index = [(group == k).nonzero().squeeze(1) for k in range(len(w))]
+    outs = []
     for own, i in zip(w, index):
         theta = sets.at(own)
         y = inputs.take(i).call(lambda *args, **kwargs: sets.run(theta, args, kwargs))
@@ -434,26 +495,26 @@ def _joined(same, back):
 def run(
     way: str,             # "shared", "layers", "vmap" or "unique"
     sets: ParameterSets,
-    lam,                  # λ: (K,) scalars -> (K,) in [0, 1]
-    s: Tensor,            # () or (B,), the scalar
+    weigh,                # rows of scalars (R, n) -> weights (R, K); with two sets λ
+    s: Tensor,            # (1, n) or (B, n): n scalars for all, or for each sample
     inputs: Inputs,
     grouped: bool = True, # may layers run samples of equal s together?
 ):
     "f at the parameters of each sample (eq. 2)."
     if way == "shared":
-        w = lam(s.reshape(-1)[:1]).sum()   # an empty batch has no λ: the sum is 0
-        theta = sets.at(w.view(1))
+        w = weigh(s[:1]).sum(0)   # an empty batch has no row: the sum is 0
+        theta = sets.at(w)
         return inputs.call(lambda *args, **kwargs: sets.run(theta, args, kwargs))
-    if way == "vmap": return run_vmap(sets, Weights(lam(s)[:, None]), inputs)
+    if way == "vmap": return run_vmap(sets, Weights(weigh(s)), inputs)
     hidden = torch.compiler.is_compiling() or s.is_meta
     if way == "layers" and (hidden or not grouped):
-        return run_layers(sets, Weights(lam(s)[:, None]), inputs)
-    values, group = s.unique(return_inverse=True)
-    if way == "unique": return run_groups(sets, lam(values)[:, None], group, inputs)
-    if len(values) == len(s): return run_layers(sets, Weights(lam(s)[:, None]), inputs)
+        return run_layers(sets, Weights(weigh(s)), inputs)
+    values, group = s.unique(dim=0, return_inverse=True)
+    if way == "unique": return run_groups(sets, weigh(values), group, inputs)
+    if len(values) == len(s): return run_layers(sets, Weights(weigh(s)), inputs)
     # Sorted once, so that in every layer a group is a slice; put back at the end.
     order, sizes = group.argsort(stable=True), group.bincount().tolist()
-    w = Weights.of_groups(lam(values)[:, None], sizes)
+    w = Weights.of_groups(weigh(values), sizes)
     leaves, spec = flat_output(run_layers(sets, w, inputs.take(order)), len(s))
     back = order.argsort()
     sorted_back = [v[back] if isinstance(v, Tensor) else v for v in leaves]
