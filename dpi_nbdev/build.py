@@ -66,7 +66,12 @@ def _read_kind(note):
     "The kind of sets that `_note_kind` noted. Raises `ValueError` for an unknown one."
     name = note.get("kind")
     if name not in _KINDS: raise ValueError(_UNKNOWN_KIND.format(name, ", ".join(_KINDS)))
-    return _KINDS[name](**{k: v for k, v in note.items() if k != "kind"})
+    return _KINDS[name](**{k: v for k, v in note.items() if k not in ("kind", "names")})
+
+def _exactly(names):
+    "The selection of these parameters."
+    names = set(names)
+    return lambda name, module, p: name in names
 
 _UNKNOWN_KIND = "this version of dpi_nbdev knows no sets {!r}, only {}"
 
@@ -164,7 +169,8 @@ def _describe(module: nn.Module) -> dict:
     values = {k: getattr(module, k) for k in inspect.signature(type(module)).parameters if k not in skipped}
     if isinstance(module, DPI):
         if isinstance(module.lam, (nn.ModuleList, tuple)): raise TypeError(_ONE_SCALAR)
-        values |= dict(select=module.names, sets=[_note_kind(kind) for kind in module.recipe])
+        kinds = zip(module.recipe, module.sets.parts)
+        values["sets"] = [_note_kind(kind) | dict(names=part.names) for kind, part in kinds]
     note = lambda v: _describe(v) if isinstance(v, nn.Module) else {"table": len(v)} if isinstance(v, Tensor) else v
     return {"type": type(module).__name__, **{k: note(v) for k, v in values.items()}}
 
@@ -174,9 +180,11 @@ def _rebuild(node: dict) -> nn.Module:
     make = lambda v: v if not isinstance(v, dict) else _rebuild(v) if "type" in v else torch.ones(v["table"])
     values = {k: make(v) for k, v in node.items() if k != "type"}
     if node["type"] == "DPI":
-        names = set(values["select"])
-        values["select"] = lambda name, module, p: name in names
-        values["sets"] = tuple(map(_read_kind, values.pop("sets", [])))  or Full(2)
+        # Models saved before there were kinds of sets list the names alone.
+        notes = values.pop("sets", [_note_kind(Full(2)) | dict(names=values.get("select"))])
+        values["sets"] = tuple(map(_read_kind, notes))
+        values["select"] = {type(kind): _exactly(note["names"])
+                            for kind, note in zip(values["sets"], notes)}
     try: return _SAVABLE[node["type"]](**values)
     except (TypeError, ValueError) as e: raise ValueError(f"this version of dpi_nbdev cannot build the saved {node['type']}: {e}") from e
 

@@ -70,7 +70,9 @@ def paper_flops(
         with torch.no_grad(): _call(model, x, s)
     finally:
         for h in hooks: h.remove()
-    return int(2 * macs + 4 * sum(p.numel() for m in pairs for p in m.theta1.parameters()))
+    mixing = sum(part.mixing(n, m.net.get_parameter(n))
+                 for m in pairs for part in m.sets.parts for n in part.names)
+    return int(2 * macs + mixing)
 
 # %% ../nbs/32_cost.ipynb #5edd1574
 _UPSAMPLE = dict(nearest=1, linear=5, bilinear=11, bicubic=259)

@@ -47,7 +47,8 @@ class DPI(nn.Module):
                          # a list of them for several scalars, one each
         sets=Full(2),    # what the further sets are made of: Full, LowRank, Gains,
                          # or a tuple of these, whose changes add
-        select=None,     # what to interpolate, see select_parameters; None: all
+        select=None,     # what to interpolate, see select_parameters; None: all;
+                         # for several kinds also {kind: its selection}
         init="copy",     # where θ¹ starts: "copy" of θ⁰, "fresh", or another network
         granularity: str = "auto",  # how to run, see the table above
         check: bool = True,         # compare with eq. (2) at the first call of a kind
@@ -58,7 +59,11 @@ class DPI(nn.Module):
             raise ValueError(_NO_WAY.format([*_GRANULARITIES], granularity))
         self.recipe = _recipe(sets)
         self.lam = _lambdas(lam, self.recipe)
-        parts = [kind.make(net, select, init, self.scalars) for kind in self.recipe]
+        parts = []
+        for kind in self.recipe:
+            own = select.get(type(kind)) if isinstance(select, dict) else select
+            start = init if isinstance(kind, Full) or len(self.recipe) == 1 else "copy"
+            parts.append(kind.make(net, own, start, self.scalars))
         self.net, self.sets = net, ParameterSets(net, parts)
         for name, tree in [pair for part in parts for pair in part.modules().items()]:
             self.add_module(name, tree)

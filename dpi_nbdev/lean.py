@@ -112,6 +112,9 @@ class GainsPart(Part):
         gain = 1 + _change(values[0], w)
         return y * self.places[name].beside(gain, y).to(y.dtype)
 
+    def mixing(self, name, p):   # operations
+        return 2 * self.count * self.places[name].channels + p.numel()
+
 def _change(delta, w):
     "Σ_k w_k Δ_k, (C,) or (B, C), in float32 or wider; no autocast reaches it."
     wide = torch.promote_types(delta.dtype, torch.float32)
@@ -222,6 +225,10 @@ class LowRankPart(Part):
     def outputs(self, name, run, x, y, values, w):
         "y, and what the small layers beside it add."
         return y + self.shapes[name].beside(run, x, *values, w)
+
+    def mixing(self, name, p):   # operations
+        inner = self.count * (self.shapes[name].rank if p.ndim > 1 else 1)
+        return (2 * inner + 1) * p.numel()
 
 def _parameter(like, *size):
     zeros = torch.zeros(size, dtype=like.dtype, device=like.device)

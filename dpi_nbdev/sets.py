@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 import torch
 from torch import nn, Tensor
@@ -264,6 +265,8 @@ class FullPart(Part):
         "What a layer that is affine in the parameter returns, w (B, K)."
         return blend([y, *(run(x, v) for v in values)], w)
 
+    def mixing(self, name, p): return 4 * self.count * p.numel()   # operations (Table 4)
+
 # %% ../nbs/02_sets.ipynb #a6562063
 _TOO_FEW_SETS = "Full sets are two or more, got {!r}"
 _STARTS = "init lists {} start(s) for {} further set(s)"
@@ -286,7 +289,7 @@ class ParameterSets:
                 if id(p) not in first: continue
                 place = f"{path}.{leaf}" if path else leaf
                 self.places[first[id(p)]].append((place, module, leaf))
-        ends = torch.tensor([0, *(part.count for part in parts)]).cumsum(0).tolist()
+        ends = [0, *accumulate(part.count for part in parts)]
         self.spans = [slice(a, b) for a, b in zip(ends, ends[1:])]   # of w
         self.count = ends[-1]
 
