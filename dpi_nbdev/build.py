@@ -170,7 +170,8 @@ def _describe(module: nn.Module) -> dict:
     if isinstance(module, DPI):
         if isinstance(module.lam, (nn.ModuleList, tuple)): raise TypeError(_ONE_SCALAR)
         kinds = zip(module.recipe, module.sets.parts)
-        values["sets"] = [_note_kind(kind) | dict(names=part.names) for kind, part in kinds]
+        values["sets"] = [_note_kind(kind) | dict(names=[*part.names])
+                          for kind, part in kinds]
     note = lambda v: _describe(v) if isinstance(v, nn.Module) else {"table": len(v)} if isinstance(v, Tensor) else v
     return {"type": type(module).__name__, **{k: note(v) for k, v in values.items()}}
 

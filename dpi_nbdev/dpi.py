@@ -58,15 +58,15 @@ class DPI(nn.Module):
         if granularity not in _GRANULARITIES:
             raise ValueError(_NO_WAY.format([*_GRANULARITIES], granularity))
         self.recipe = _recipe(sets)
-        self.lam = _lambdas(lam, self.recipe)
-        parts = []
+        lam, parts = _lambdas(lam, self.recipe), []
         for kind in self.recipe:
             own = select.get(type(kind)) if isinstance(select, dict) else select
             start = init if isinstance(kind, Full) or len(self.recipe) == 1 else "copy"
-            parts.append(kind.make(net, own, start, self.scalars))
+            parts.append(kind.make(net, own, start, len(_listed(lam))))
         self.net, self.sets = net, ParameterSets(net, parts)
         for name, tree in [pair for part in parts for pair in part.modules().items()]:
             self.add_module(name, tree)
+        self.lam, self.size = lam, sum(p.numel() for p in self.sets.first().values())
         self.names, self.granularity, self.check = [*self.sets.places], granularity, check
         self.running, self.warned, self.kinds = False, False, {}
         self.register_load_state_dict_pre_hook(_refuse_other_kinds)
@@ -202,13 +202,11 @@ def param_groups(self:DPI, lr: float = 1e-5, phi_lr: float = 1e-3,
 
 @patch
 def extra_repr(self:DPI):
-    theta0 = self.sets.first().values()
     trees = [t for part in self.sets.parts for t in part.trees]
     more = sum(p.numel() for t in trees for p in t.parameters())
     kinds = ", ".join(map(repr, self.recipe))
     return (f'sets={kinds}, granularity="{self.granularity}", tensors interpolated:'
-            f" {len(theta0)}, parameters in them: {sum(p.numel() for p in theta0):,}"
-            f" + {more:,}")
+            f" {len(self.names)}, parameters in them: {self.size:,} + {more:,}")
 
 @patch(as_prop=True)
 def scalars(self:DPI): return len(_listed(self.lam))   # how many the model takes
