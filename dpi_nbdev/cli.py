@@ -242,7 +242,7 @@ def dpi_tables(
     results: str = None,     # folder for tables_STUDY.json; the study's own without it
     plan: bool = False,      # only say what would be run, and about how long it takes
 ):
-    "Trains the rows of the paper's tables at a small size, and writes a file of numbers."
+    "Trains the rows of the paper's tables, small, and writes a file of numbers."
     from dpi_nbdev.tables import collect_study, plan_table, planned_jobs, run_study
     jobs = planned_jobs(study, out, only)
     if plan: return print(plan_table(jobs))

@@ -45,7 +45,7 @@ def split_rows(
     seed: int,               # decides which
     n_validation: int = 0,   # images to choose by
 ) -> tuple:                  # (train, held out, validation): numbers, int64
-    "Disjoint random sets of image numbers. Raises `ValueError` for an impossible split."
+    "Disjoint random sets of image numbers. Raises `ValueError` where impossible."
     if n_held_out is None: n_held_out = min(n // 10, 500)
     n_held_out = _within("n_held_out", n_held_out, 0, n - 1, n, 0)
     most = n - n_held_out - 1       # one must be left to train on
@@ -67,10 +67,10 @@ def _within(
     n: int,      # images there are
     kept: int,   # of these, already kept out of training
 ) -> int:
-    "`v` as an `int`. Raises `ValueError` when it is out of range, `TypeError` for no number."
+    "`v` as an `int`. Raises `ValueError` out of range, `TypeError` for no number."
     v = _whole(v, name)
-    if not low <= v <= high: raise ValueError(_RANGE.format(name, low, high, n, kept, v))
-    return v
+    if low <= v <= high: return v
+    raise ValueError(_RANGE.format(name, low, high, n, kept, v))
 
 _RANGE = "{} must be from {} to {} (of {:,} images {:,} are already kept out), got {}"
 
@@ -128,7 +128,7 @@ def photos(
     rows = VALIDATION_ROWS if n_validation else 0
     most = rows or HELD_OUT_ROWS
     if not 1 <= _whole(size, "size") <= most: raise ValueError(_SIZE.format(most, size))
-    if not _whole(n_train, "n_train"): raise ValueError("n_train must be at least 1, got 0")
+    if not _whole(n_train, "n_train"): raise ValueError(_NO_TRAIN)
     x = np.stack(load_sample_images().images)
     edge = x.shape[1] - HELD_OUT_ROWS
     regions = x[:, :edge - rows], x[:, edge:], x[:, edge - rows:edge]
@@ -139,6 +139,7 @@ def photos(
     return ImageSplit(*parts, validation=from_uint8(validation))
 
 _SIZE = "size must be from 1 to {}, got {}"
+_NO_TRAIN = "n_train must be at least 1, got 0"
 
 # %% ../nbs/30_data.ipynb #e7dab701
 def patches(
@@ -261,8 +262,9 @@ def read_idx(
 ) -> np.ndarray:     # uint8, of the shape that the file says
     "An idx file of bytes. Raises `ValueError` when it is damaged or something else."
     path = Path(path)
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = f.read()
+        with opened(path, "rb") as f: data = f.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{str(path)!r} cannot be unpacked: {e}") from e
     if data[:3] != b"\0\0\x08": raise ValueError(_NO_IDX.format(str(path)))
@@ -286,12 +288,13 @@ def idx_images(
     n_train: int | None = None,  # images to train on; None: all the others
     n_validation: int = 0,       # images to choose by, from the training files
 ) -> ImageSplit:                 # images (N, 1, H, W) as ImageArrays, and labels
-    """Fashion-MNIST, or whatever has its layout. Raises `FileNotFoundError` when it is not
-    there, and `ValueError` for damaged files or an impossible split."""
+    """Fashion-MNIST, or whatever has its layout. Raises `FileNotFoundError` when it is
+    not there, and `ValueError` for damaged files or an impossible split."""
     x, y, test_x, test_y = (read_idx(_idx_file(folder, name)) for name in _IDX_NAMES)
     for images, labels in ((x, y), (test_x, test_y)):
         if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise ValueError(_IDX_SHAPES.format(str(folder), images.shape, labels.shape))
+            shapes = images.shape, labels.shape
+            raise ValueError(_IDX_SHAPES.format(str(folder), *shapes))
     train, _, validation = split_rows(len(x), n_train, 0, seed, n_validation)
     order = torch.randperm(len(test_x), generator=_generator(seed, 1))
     held_out = order[:_within("n_held_out", n_held_out, 0, len(test_x), len(test_x), 0)]
@@ -307,11 +310,11 @@ _IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
               "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _IDX_SHAPES = "{!r} holds images of shape {} and labels of shape {}"
 _NO_IDX_FILE = ("there is no {} or {}.gz in {!r}; Fashion-MNIST comes with "
-                "`apt-get install dataset-fashion-mnist`, or give the folder of its files")
+                "`apt-get install dataset-fashion-mnist`, or give its files' folder")
 
 def _idx_file(folder, name) -> Path:
-    "The file of that name, packed or not. Raises `FileNotFoundError`, saying how to get it."
-    found = [p for p in (Path(folder, name), Path(folder, f"{name}.gz")) if p.is_file()]
+    "The file of that name, packed or not. Raises `FileNotFoundError` with advice."
+    found = [p for end in ("", ".gz") if (p := Path(folder, name + end)).is_file()]
     if not found: raise FileNotFoundError(_NO_IDX_FILE.format(name, name, str(folder)))
     return found[0]
 
@@ -327,8 +330,8 @@ def photo_patches(
     rows=None,          # which photographs, by number in the order of names; None: all
     channels: int = 3,  # 1 grey, 3 RGB
     seed: int = 0,      # decides where patches lie
-) -> np.ndarray:        # (n, size, size, channels) uint8, one a photograph and round again
-    "Patches of many photographs. Raises `ValueError` when there is no room for so many."
+) -> np.ndarray:        # (n, size, size, channels) uint8, one a photograph, and again
+    "Patches of many photographs. Raises `ValueError` when there is no room for them."
     if not isinstance(source, ImageSource): source = ImageSource(source)
     rows = list(range(len(source)) if rows is None else rows)
     each = -(-_whole(n, "the number of patches") // len(rows))
@@ -336,7 +339,8 @@ def photo_patches(
     cut = []
     for i in rows[:n]:
         photo = read_image(source, source.names[i], None, channels)
-        if min(photo.shape[:2]) < size: raise ValueError(_TOO_SMALL.format(source.names[i], size))
+        if min(photo.shape[:2]) < size:
+            raise ValueError(_TOO_SMALL.format(source.names[i], size))
         cut.append(patches(photo[None], size, each, _generator(seed, i, 3)))
     return np.stack(cut, 1).reshape(-1, size, size, channels)[:n]
 
@@ -352,7 +356,7 @@ def berkeley(
     seed: int = 0,          # decides where patches lie and which photographs validate
     n_validation: int = 0,  # patches to choose by, of one in ten of the 432
     channels: int = 3,      # 1 grey, 3 RGB
-    folder=None,            # where the two zips are; None: DPI_BERKELEY, or ../shared/data
+    folder=None,            # of the two zips; None: DPI_BERKELEY, or ../shared/data
 ) -> ImageSplit:            # images (N, channels, size, size)
     """Patches of the Berkeley photographs; the parts share no photograph. Raises
     `FileNotFoundError` when they are not there, `ValueError` for impossible patches."""
@@ -370,8 +374,8 @@ def berkeley(
     return ImageSplit(cut(known, n_train, order[aside:]), cut(new, n_held_out),
                       validation=validation)
 
-_NO_BERKELEY = ("there is no {} in {!r}: the Berkeley photographs are two zips of JPEGs, "
-                "bsds432.zip to train and cbsd68.zip to hold out; "
+_NO_BERKELEY = ("there is no {} in {!r}: the Berkeley photographs are two zips of "
+                "JPEGs, bsds432.zip to train and cbsd68.zip to hold out; "
                 "say where they are, DPI_BERKELEY=FOLDER")
 
 # %% ../nbs/30_data.ipynb #26665a5e
@@ -382,7 +386,7 @@ def load_images(
     seed: int = 0,                   # decides the split
     n_train: int | None = None,      # images to train on; None: all the others
     channels: int | None = None,     # 1 or 3: make image files grey or RGB
-    layout: str | None = None,       # "NHWC" or "NCHW", for an array that leaves it open
+    layout: str | None = None,       # "NHWC" or "NCHW", for an array that may be both
     skip_broken: bool = False,       # leave out image files that cannot be used
     progress: bool = True,           # show a bar while looking through many files
     n_validation: int = 0,           # images to choose by
@@ -400,12 +404,15 @@ def load_images(
     if source == "digits": split = digits(**given)
     elif source == "photos": split = photos(size or 64, **given)
     elif source == "fashion": split = idx_images(FASHION_FOLDER, **given)
-    elif source == "berkeley": split = berkeley(size or 32, channels=channels or 3, **given)
-    elif not Path(source).exists(): raise FileNotFoundError(_NO_IMAGES.format(str(source)))
+    elif source == "berkeley":
+        split = berkeley(size or 32, channels=channels or 3, **given)
+    elif not Path(source).exists():
+        raise FileNotFoundError(_NO_IMAGES.format(str(source)))
     elif _is_idx_folder(source): split = idx_images(source, **given)
     else:
-        if is_array: pixels, labels = open_array(source, layout)
-        else: pixels, labels = _open_files(source, size, channels, skip_broken, progress)
+        found = (open_array(source, layout) if is_array else
+                 _open_files(source, size, channels, skip_broken, progress))
+        pixels, labels = found
         if labels is not None: labels = torch.as_tensor(labels).long()
         rows = split_rows(len(pixels), n_train, n_held_out, seed, n_validation)
         split = _split(lambda r: ImageArray(pixels, r), labels, rows)
@@ -415,8 +422,8 @@ def load_images(
         raise ValueError(_OTHER_SHAPE.format(str(source), f"{C}×{H}×{W}", wanted))
     return split
 
-_NO_IMAGES = ("there are no images at {!r}: give 'digits', 'photos', 'fashion', 'berkeley', "
-              "a folder, or a .zip, .npy or .npz file")
+_NO_IMAGES = ("there are no images at {!r}: give 'digits', 'photos', 'fashion', "
+              "'berkeley', a folder, or a .zip, .npy or .npz file")
 _OTHER_SHAPE = "{!r} holds images of {} (channels, rows, columns), not of {}"
 
 def _open_files(source, size, channels, skip_broken, progress):

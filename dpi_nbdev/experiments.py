@@ -65,7 +65,8 @@ class Experiment:
         words = dict(process=("vp", "flow"), sampler=tuple(SAMPLERS), draw=DRAWS)
         for name, known in words.items():
             v = getattr(self, name)
-            if v not in known: raise ValueError(_ONE_OF.format(name, ", ".join(known), v))
+            if v not in known:
+                raise ValueError(_ONE_OF.format(name, ", ".join(known), v))
         lowest = dict(size=1, n_held_out=0, n_validation=0, groups=0, sampler_steps=1,
                       n_samples=1)
         for name, low in lowest.items():
@@ -74,7 +75,8 @@ class Experiment:
                 raise ValueError(_WHOLE.format(name, low, v))
         fit = SAMPLERS[self.sampler][0]
         if self.process not in fit:
-            raise ValueError(_SAMPLER.format(self.sampler, " and ".join(fit), self.process))
+            fit = " and ".join(fit)
+            raise ValueError(_SAMPLER.format(self.sampler, fit, self.process))
         if self.sets != "full" and self.conditioning != "dpi":
             raise ValueError(_SETS.format(self.sets, self.conditioning))
 
@@ -210,20 +212,22 @@ def paper_experiments() -> dict:  # name -> Experiment, such as "drunet-dpi-vp-s
                 # a DRUNet has nowhere to put an embedding
                 if (backbone, way) == ("drunet", "mlp"): continue
                 conditioning, _, linear = way.partition("-")
-                big = Experiment(backbone, conditioning, process, lam=linear or "learned",
-                                 training=PAPER_TRAINING,
-                                 sampler="ddim" if process == "vp" else "euler")
+                sampler = "ddim" if process == "vp" else "euler"
+                big = Experiment(backbone, conditioning, process, sampler=sampler,
+                                 lam=linear or "learned", training=PAPER_TRAINING)
                 name = f"{backbone}-{way.replace('_', '-')}-{process}"
                 runs |= {name: big, f"{name}-small": _small(big)}
     return runs
 
 def _small(big: Experiment) -> Experiment:
     "The twin that a laptop finishes, on digits."
-    return replace(big, net=SMALL_NETS[big.backbone], data="digits", size=8, n_held_out=297,
-                   training=SMALL_TRAINING, sampler_steps=100, n_samples=1500)
+    return replace(big, net=SMALL_NETS[big.backbone], training=SMALL_TRAINING,
+                   data="digits", size=8, n_held_out=297, sampler_steps=100,
+                   n_samples=1500)
 
 # %% ../nbs/50_experiments.ipynb #5c1d7a33
-LEAN_SETS = ("gains-1", "gains-4", "gains-8", "low-rank-4", "low-rank-8", "full+gains-4")
+LEAN_SETS = ("gains-1", "gains-4", "gains-8", "low-rank-4", "low-rank-8",
+             "full+gains-4")
 
 def more_experiments() -> dict:  # name -> Experiment, such as "drunet-gains-4-vp-small"
     "Small twins of what the paper has not trained."
@@ -245,7 +249,8 @@ def find_experiment(
     big = ", ".join(k for k in paper if not k.endswith("-small"))
     raise ValueError(_NO_EXPERIMENT.format(name, big, ", ".join(more)))
 
-_NO_EXPERIMENT = "there is no experiment {!r}; there are {}, each also with -small; and {}"
+_NO_EXPERIMENT = ("there is no experiment {!r}; there are {}, each also with -small; "
+                  "and {}")
 
 # %% ../nbs/50_experiments.ipynb #bc8df812
 def run_experiment(

@@ -37,7 +37,8 @@ WAYS = {   # name -> what it changes in the experiment "dpi" with two full sets
     "sigma-map": dict(conditioning="sigma_map"), "t-map": dict(conditioning="t_map"),
     "t-map-wide": dict(conditioning="t_map"), "mlp": dict(conditioning="mlp"),
     "film": dict(conditioning="film"),
-    "dpi": {}, "dpi-linear": dict(lam="linear"), "dpi-fresh": dict(net=dict(init="fresh")),
+    "dpi": {}, "dpi-linear": dict(lam="linear"),
+    "dpi-fresh": dict(net=dict(init="fresh")),
     "dpi-one-s": dict(groups=1), "dpi-two-s": dict(groups=2),
 } | {k: dict(sets=k) for k in ("gains-1", "gains-4", "gains-8", "low-rank-4",
                                "low-rank-8", "full+gains-4")}
@@ -72,7 +73,8 @@ STUDIES = {
         {"drunet-vp": _ALSO, "drunet-flow": ("dpi-linear", "none")}),
     "fashion": Plan("fashion", 200, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
     "berkeley": Plan("berkeley", 200, {"drunet-vp": MAIN}, {"drunet-vp": _FEW}),
-    "long": Plan("photos", 1600, {"drunet-vp": MAIN}, seeds=1, budgets=("time",), turn=2),
+    "long": Plan("photos", 1600, {"drunet-vp": MAIN}, seeds=1, budgets=("time",),
+                 turn=2),
 }
 
 # %% ../nbs/52_tables.ipynb #5a2e0003
@@ -96,7 +98,8 @@ def study_rows(
     plan: Plan,
 ) -> dict:         # name, such as "drunet-t-map-vp" -> Row
     "The rows of a study. Raises `ValueError` for data or ways that are not known."
-    if plan.data not in _DATA: raise ValueError(_NO_DATA.format(", ".join(_DATA), plan.data))
+    if plan.data not in _DATA:
+        raise ValueError(_NO_DATA.format(", ".join(_DATA), plan.data))
     rows = {}
     for ways, seeds in ((plan.main, plan.seeds), (plan.others, 1)):
         for block, names in ways.items():
@@ -165,13 +168,14 @@ def study_jobs(
     plan: Plan,
     times: dict,   # name of a row -> seconds of a training step, from step_times
 ) -> dict:         # (row, budget, seed) -> Experiment; budget: "steps" or "time"
-    "Every run of a study: rows at equal steps, and again at equal time if that differs."
+    "Every run of a study: at equal steps, and again at equal time if that differs."
     jobs = {}
     for name, row in study_rows(plan).items():
         if name not in times: continue
         reference = reference_row(name)
         factor, e = times[reference] / times[name], row.experiment
-        length = dict(steps=e.training.steps, time=max(1, round(e.training.steps * factor)))
+        n = e.training.steps
+        length = dict(steps=n, time=max(1, round(n * factor)))
         budgets = [b for b in plan.budgets if b == "steps" or abs(factor - 1) > 0.04]
         if name == reference: budgets = ["steps"]
         for budget in budgets or ["steps"]:
@@ -200,7 +204,7 @@ def run_job(
     n_samples: int = 160,   # images to sample, with the experiment's sampler; 0: none
     levels: int = LEVELS,   # slices of the schedule
     noise_seeds: int = 1,   # draws of noise at each, for the held-out error
-) -> tuple:                 # numbers as a dict; samples (n, H, W, C) uint8 or None; model
+) -> tuple:                 # numbers by name; samples (n, H, W, C) or None; model
     "Trains, measures the errors by noise level, samples. Raises what `train` raises."
     data, process = _images(e), e.make_process()
     shape, s = tuple(data.train.shape[1:]), midpoints(process, levels)
@@ -213,8 +217,9 @@ def run_job(
 
     # errors: on the images to report on, and on those to choose by
     kind = eps_mse if e.process == "vp" else velocity_mse
-    error = lambda images, draws: kind(trained.model, process, images[:], s, range(draws),
-                                       progress=False, batch_size=64).mean(0).tolist()
+    error = lambda images, draws: kind(
+        trained.model, process, images[:], s, range(draws), progress=False,
+        batch_size=64).mean(0).tolist()
     numbers["errors"] = error(data.held_out, noise_seeds)
     if data.validation is not None:
         numbers["validation"] = statistics.mean(error(data.validation, 1))
@@ -237,24 +242,26 @@ def _samples(e, model, shape, n, at_once=64):
 def choose(
     candidates: dict,  # name -> Experiment, with validation images
 ) -> dict:             # name -> error on the validation images, the best first
-    "Trains each candidate and ranks them. Raises `ValueError` when there is no such part."
+    "Trains each candidate and ranks them. Raises `ValueError` without such a part."
     without = [k for k, e in candidates.items() if not e.n_validation]
-    if without: raise ValueError(f"{without[0]!r} has no images to choose by (n_validation=0)")
+    if without: raise ValueError(_NOTHING_TO_CHOOSE_BY.format(without[0]))
     errors = {k: run_job(e, 0, noise_seeds=1)[0]["validation"]
               for k, e in candidates.items()}
     return dict(sorted(errors.items(), key=lambda pair: pair[1]))
 
+_NOTHING_TO_CHOOSE_BY = "{!r} has no images to choose by (n_validation=0)"
+
 # %% ../nbs/52_tables.ipynb #872d95bb
 def run_study(
     studies="digits",       # names in STUDIES, "a,b" or "all"; or {name: Plan}
-    out="runs/tables",      # folder, with one for each study; what is there is not redone
+    out="runs/tables",      # folder, with one for each study; what is there stays
     only: str = "*",        # rows to run, as a pattern such as "drunet-*-flow"
     workers: int = 2,       # processes, one thread each
     minutes: float | None = None,  # begin no new run after so long; None: run all
     progress: bool = True,  # show a progress bar
 ) -> Path:                  # the folder
-    """Runs what is missing of some studies. Raises `ValueError` when no row fits or a folder
-    holds a study with other settings, and at the end `RuntimeError` for runs that failed."""
+    """Runs what is missing of some studies. Raises `ValueError` when no row fits or a
+    folder holds another study, and at the end `RuntimeError` for runs that failed."""
     todo = [(folder, plan, job, e) for _, folder, plan, job, e, _ in
             planned_jobs(studies, out, only) if not _job_file(folder, job).exists()]
     deadline = time.monotonic() + 60 * (minutes if minutes is not None else 1e9)
@@ -268,7 +275,8 @@ def run_study(
                     if not f.result(): failed.append(done)
                     bar.update()
             if task is None or time.monotonic() > deadline: continue
-            running[pool.submit(_do_job, *task)] = str(_job_file(task[0], task[2], "txt"))
+            report = _job_file(task[0], task[2], "txt")
+            running[pool.submit(_do_job, *task)] = str(report)
     if failed: raise RuntimeError(_FAILED.format(len(failed), ", ".join(failed)))
     return Path(out)
 
@@ -284,13 +292,15 @@ def _do_job(folder, plan, job, e) -> bool:
     torch.set_num_threads(1)
     try: numbers, samples, _ = run_job(e, plan.n_samples, noise_seeds=plan.noise_seeds)
     except Exception:
-        _job_file(folder, job, "txt").write_text(traceback.format_exc(), encoding="utf-8")
+        report = _job_file(folder, job, "txt")
+        report.write_text(traceback.format_exc(), encoding="utf-8")
         return False
     if samples is not None:
         path = _job_file(folder, job, "npz")
         with atomic_write(path) as tmp, open(tmp, "wb") as f:
             np.savez_compressed(f, arr_0=samples)
-    with atomic_write(_job_file(folder, job)) as tmp: tmp.write_text(json.dumps(numbers))
+    with atomic_write(_job_file(folder, job)) as tmp:
+        tmp.write_text(json.dumps(numbers))
     return True
 
 # %% ../nbs/52_tables.ipynb #27d359c1
@@ -299,7 +309,7 @@ def planned_jobs(
     out="runs/tables",
     only: str = "*",
 ) -> list:              # (name, folder, Plan, job, Experiment, seconds), in order
-    "All runs of some studies, done or not, the most important first. Raises `ValueError`."
+    "All runs of some studies, the most important first. Raises `ValueError`."
     if studies == "all": studies = STUDIES
     if isinstance(studies, str): studies = studies.split(",")
     if not isinstance(studies, dict): studies = {k: _study(k) for k in studies}
@@ -326,7 +336,8 @@ def _wanted(plan, only) -> dict:
     "The rows that fit the pattern, and the t maps that they are measured by."
     every = study_rows(plan)
     wanted = {k for k in every if fnmatchcase(k, only)}
-    return {k: every[k] for k in every if k in wanted | {reference_row(n) for n in wanted}}
+    wanted |= {reference_row(k) for k in wanted}
+    return {k: row for k, row in every.items() if k in wanted}
 
 def plan_table(
     jobs: list,   # from planned_jobs
@@ -342,7 +353,8 @@ def plan_table(
         cells = (" / ".join(f"{v:.0f}" for v in column) for column in zip(*kinds))
         steps, each = cells
         total = sum(seconds for _, seconds in runs)
-        lines.append(f"| {name} | {row} | {len(runs)} | {steps} | {each} | {total:,.0f} |")
+        line = [name, row, len(runs), steps, each, f"{total:,.0f}"]
+        lines.append("| " + " | ".join(map(str, line)) + " |")
     total = sum(job[-1] for job in jobs)
     return "\n".join([*lines, f"| all | | {len(jobs)} | | | {total:,.0f} |"])
 
@@ -350,18 +362,21 @@ def plan_table(
 def _study_times(folder, plan, rows) -> dict:
     "Step times of the rows, from study.json, which is made or completed."
     path = output_folder(folder) / "study.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(times={})
+    facts = dict(times={})
+    if path.exists(): facts = json.loads(path.read_text(encoding="utf-8"))
     _refuse_other(folder, facts.get("plan"), plan)
     times = facts["times"]
     if missing := rows.keys() - times.keys():
         wanted = missing | {reference_row(k) for k in missing}
         now = _timed({k: rows[k].experiment for k in rows if k in wanted})
-        for k in sorted(missing, key=lambda k: k != reference_row(k)):   # the t maps first
-            scale = times.get(reference_row(k), now[reference_row(k)]) / now[reference_row(k)]
-            times[k] = now[k] * scale
+        then = now | times
+        for k in missing:
+            reference = reference_row(k)
+            times[k] = now[k] * then[reference] / now[reference]
         facts |= dict(machine=machine_name(), environment=environment())
     facts["plan"] = json.loads(json.dumps(asdict(plan)))
-    with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return times
 
 def _timed(experiments) -> dict:
@@ -372,8 +387,9 @@ def _timed(experiments) -> dict:
     finally: torch.set_num_threads(threads)
 
 def _refuse_other(folder, then, plan):
-    "Raises `ValueError` when the folder's study has other settings; more rows are no other."
-    now, free = json.loads(json.dumps(asdict(plan))), {"main", "others", "seeds", "turn"}
+    "Raises `ValueError` when the folder's study has other settings; rows are free."
+    now = json.loads(json.dumps(asdict(plan)))
+    free = {"main", "others", "seeds", "turn"}
     differ = [f"{k} was {then[k]!r} and is {v!r}" for k, v in now.items()
               if then and k not in free and then[k] != v]
     if differ: raise ValueError(_OTHER.format(str(folder), "; ".join(differ)))
@@ -385,11 +401,11 @@ def collect_study(
     folder,         # of one study, within the folder of run_study
     path=None,      # the JSON file to write; tables.json in the folder if not given
 ) -> Path:          # the file
-    """Judges the samples of all finished runs and writes every number into one file. Raises
-    `FileNotFoundError` if there are none."""
+    """Judges the samples of all finished runs and writes every number into one file.
+    Raises `FileNotFoundError` if there are none."""
     folder = Path(folder)
     found = sorted(folder.glob("*--*--*.json"))
-    if not found: raise FileNotFoundError(f"{str(folder)!r} holds no finished run of a study")
+    if not found: raise FileNotFoundError(_NO_RUNS.format(str(folder)))
     facts = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     plan = Plan(**facts["plan"])
     judge, runs = _Judge(plan), []
@@ -401,11 +417,14 @@ def collect_study(
         runs.append(dict(row=row, budget=budget, seed=int(seed)) | numbers)
     done = {(r["row"], r["budget"], r["seed"]) for r in runs}
     missing = [list(job) for job in study_jobs(plan, facts["times"]) if job not in done]
-    facts |= dict(extractor=judge.extractor.name, floor=judge.floor, missing=missing, runs=runs)
+    facts |= dict(extractor=judge.extractor.name, floor=judge.floor,
+                  missing=missing, runs=runs)
     path = Path(path or folder / "tables.json")
     text = json.dumps(_rounded(facts), separators=(",", ":"))
     with atomic_write(path) as tmp: tmp.write_text(text, encoding="utf-8")
     return path
+
+_NO_RUNS = "{!r} holds no finished run of a study"
 
 class _Judge:
     "Distance, precision and recall of samples, against 1,500 training images at most."
@@ -441,9 +460,11 @@ class Study:
     def __init__(self,
         path,  # a file that collect_study wrote
     ):
-        if not Path(path).is_file(): raise FileNotFoundError(_NO_STUDY.format(str(path)))
-        self.facts = json.loads(Path(path).read_text(encoding="utf-8"))
-        self.runs = {(r["row"], r["budget"], r["seed"]): r for r in self.facts.pop("runs")}
+        path = Path(path)
+        if not path.is_file(): raise FileNotFoundError(_NO_STUDY.format(str(path)))
+        self.facts = json.loads(path.read_text(encoding="utf-8"))
+        runs = self.facts.pop("runs")
+        self.runs = {(r["row"], r["budget"], r["seed"]): r for r in runs}
         self.missing = [tuple(job) for job in self.facts.get("missing", ())]
         self.rows = list(dict.fromkeys(row for row, _, _ in self.runs))
 
@@ -454,7 +475,8 @@ class Study:
         "The runs of a row."
         keys = {(r, b) for r, b, _ in [*self.runs, *self.missing]}
         if budget == "time" and (row, "time") not in keys: budget = "steps"
-        return [run for (r, b, _), run in sorted(self.runs.items()) if (r, b) == (row, budget)]
+        runs = sorted(self.runs.items())
+        return [run for (r, b, _), run in runs if (r, b) == (row, budget)]
 
     def of(self,
         row: str,                # such as "drunet-dpi-vp"
@@ -466,8 +488,8 @@ class Study:
 
     def values(self,
         row: str,
-        what: str = "error",     # "error" (mean over levels), "validation", "parameters",
-                                 # "steps", or one of the samples' numbers
+        what: str = "error",     # "error" (mean over levels), "validation", "steps",
+                                 # "parameters", or one of the samples' numbers
         budget: str = "steps",
     ) -> Tensor:                 # (seeds,) float64
         "One number for each seed. Raises `ValueError` if the row has no runs."
@@ -486,7 +508,7 @@ class Study:
                 for k in (row, rival))
         both = sorted(a.keys() & b.keys())
         if not both: raise ValueError(f"{row!r} and {rival!r} have no seed in common")
-        a, b = (torch.tensor([v[seed] for seed in both], dtype=torch.float64) for v in (a, b))
+        a, b = (torch.tensor([v[seed] for seed in both]).double() for v in (a, b))
         return mean_and_error((b - a) / b.mean())
 
 _NO_STUDY = "there is no {!r}; collect_study makes it from the folder of run_study"
@@ -502,5 +524,6 @@ def mean_and_error(
     values: Tensor,  # (n,)
 ) -> tuple:          # mean; standard error of the mean, nan for n = 1
     "Mean and its standard error."
-    error = values.std() / len(values)**0.5 if len(values) > 1 else torch.tensor(torch.nan)
-    return values.mean().item(), error.item()
+    several = len(values) > 1
+    error = (values.std() / len(values)**0.5).item() if several else float("nan")
+    return values.mean().item(), error
