@@ -243,18 +243,23 @@ def dpi_evaluate(
 # %% ../nbs/53_cli.ipynb #b8b3458f
 @command
 def dpi_tables(
-    data: str,               # digits or photos
-    out: str = None,         # the folder; runs/DATA if not given; what is done there is not done again
-    seeds: int = 3,          # of initial weights, batches and noise
-    steps: int = 700,        # optimiser steps of a run
-    n_samples: int = 500,    # images sampled by each run
-    workers: int = 2,        # processes, one thread each
+    study: str,              # digits, photos, fashion, berkeley, long; "a,b"; or all
+    out: str = "runs/tables",  # folder, with one for each study; what is there stays
     only: str = "*",         # rows, as a pattern such as "drunet-*-flow"
+    workers: int = 2,        # processes, one thread each
+    minutes: float = None,   # begin no new run after so long; without it all are run
+    results: str = None,     # folder for tables_STUDY.json; the study's own without it
+    plan: bool = False,      # only say what would be run, and about how long it takes
 ):
-    "Trains the rows of the paper's tables at a small size and writes their numbers into one file."
-    from dpi_nbdev.tables import collect_study, run_study
-    folder = run_study(data, out or f"runs/{data}", seeds, steps, workers, n_samples, only)
-    print(f"The numbers of all runs are in {collect_study(folder)}")
+    "Trains the rows of the paper's tables, small, and writes a file of numbers."
+    from dpi_nbdev.tables import collect_study, plan_table, planned_jobs, run_study
+    jobs = planned_jobs(study, out, only)
+    if plan: return print(plan_table(jobs))
+    try: run_study(study, out, only, workers, minutes)
+    finally:      # what is done is collected, also when some runs failed
+        for name, folder in dict.fromkeys((name, folder) for name, folder, *_ in jobs):
+            path = results and Path(results, f"tables_{name}.json")
+            if any(folder.glob("*--*--*.json")): print(collect_study(folder, path))
 
 # %% ../nbs/53_cli.ipynb #dba44cc9
 @command
