@@ -279,13 +279,14 @@ class _Factors:
 
     def product(self, a, b, w):
         "Σ_k w_k B_k A_k, group by group, for w (K,) or (B, K)."
+        # reshape, not view: kernels may lie channels-last.
         g, w = self.groups, self.each(w).to(a.dtype)[..., None, None, :]
         match self.kind:
-            case "conv": left, right = b.view(g, -1, b.shape[1]), a.view(g, b.shape[1], -1)
+            case "conv": left, right = b.reshape(g, -1, b.shape[1]), a.reshape(g, b.shape[1], -1)
             case "turned":
                 inner = len(a) // g
-                left = a.view(g, inner, -1).transpose(1, 2)
-                right = b.view(g, inner, -1)
+                left = a.reshape(g, inner, -1).transpose(1, 2)
+                right = b.reshape(g, inner, -1)
             case "table": left, right = a[None], b.T[None]
             case _: left, right = b[None], a[None]
         with _full_precision(a.device.type): return (left * w) @ right

@@ -327,3 +327,20 @@ def test_kinds_of_sets_are_not_mixed_up():
                       (Tents(5), Gains(4)), (MonotoneLambda(curves=4), (Full(2), Gains(4)))):
         with pytest.raises(ValueError, match="needs a λ of"):
             DPI(net(), lam, sets=sets)(torch.randn(1, 1, 8, 8), 1.)
+
+
+@pytest.mark.parametrize("sets", [Gains(2), LowRank(2), (Full(2), Gains(2)), Full(3)])
+def test_kernels_may_lie_channels_last(sets):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3),
+                        nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    model = stirred(DPI(net, sets=sets))
+    x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
+    s = torch.tensor([1., 300, 300, 999], dtype=torch.float64)
+    want = model(x, s), model(x, 300.)
+    model.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    for got, y in zip((model(x, s), model(x, 300.)), want):
+        torch.testing.assert_close(got, y)
+        got.sum().backward()
+    torch.testing.assert_close(model.freeze_at(300.)(x), want[1])
