@@ -130,10 +130,16 @@ def step_times(
     experiments: dict,  # name -> Experiment
     rounds: int = 9,    # of timing
 ) -> dict:              # name -> median processor seconds of a training step
-    "What a training step of each experiment costs, timed in turn."
+    """What a training step of each experiment costs, timed in turn. Raises `RuntimeError`
+    that names an experiment whose step fails."""
     steps = {name: (_one_step(e),) for name, e in experiments.items()}
+    for name, (step,) in steps.items():
+        try: step()
+        except Exception as e: raise RuntimeError(_NO_STEP.format(name, e)) from e
     timed = time_rounds(steps, rounds)
     return {name: statistics.median(seconds) for name, (seconds,) in timed.items()}
+
+_NO_STEP = "a training step of {!r} fails: {}"
 
 def _one_step(e: Experiment):
     "A function that takes one step of training, in a run that is never over."

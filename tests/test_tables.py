@@ -124,6 +124,16 @@ def test_rows_that_join_later_are_timed_in_proportion(tiny, tmp_path, monkeypatc
     assert times == {"drunet-t-map-flow": 1.0, "drunet-dpi-flow": 2.0}
 
 
+def test_a_row_that_cannot_take_a_step_is_named_before_anything_is_run(tmp_path):
+    ways = {"drunet-flow": ("t-map", "ncsnv2")}
+    rows = study_rows(replace(PLAN, main=ways, others={}))
+    with pytest.raises(ValueError, match="NCSNv2 divides"):  # it cannot be built
+        tables.step_times({k: r.experiment for k, r in rows.items()}, rounds=1)
+    odd = replace(rows["drunet-t-map-flow"].experiment, groups=7)  # 7 does not divide 64
+    with pytest.raises(RuntimeError, match="a training step of 'odd' fails: .*divides"):
+        tables.step_times({"odd": odd}, rounds=1)
+
+
 def test_every_study_has_its_yardsticks_and_its_main_rows_several_seeds():
     for name, plan in STUDIES.items():
         rows = study_rows(plan)
