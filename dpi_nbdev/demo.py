@@ -782,7 +782,7 @@ def plot_lambdas(run: DemoRun):  # -> figure
         if stages[last].shape[1] > 1: ax.legend(ncols=2)
     return fig
 
-# %% ../nbs/49_demo.ipynb #b85353ed
+# %% ../nbs/49_demo.ipynb #924d547d
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>DPI at equal time</title><style>
@@ -792,8 +792,8 @@ body{{padding:0 1rem}}
 h1{{font-size:1.5rem;line-height:1.25}} h2{{font-size:1.2rem;margin-top:2rem}}
 img{{width:100%;max-width:38rem;height:auto;border-radius:6px;background:#fff}}
 .wide{{overflow-x:auto}} .lead{{font-size:1.12rem}}
-table{{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}}
-th,td{{padding:.3rem .4rem;text-align:right;border-bottom:1px solid #8886}}
+table{{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}}
+th,td{{padding:.3rem .35rem;text-align:right;border-bottom:1px solid #8886}}
 td{{white-space:nowrap}}
 th:first-child,td:first-child{{text-align:left;padding-left:0}}
 figcaption,footer{{opacity:.8;font-size:.9rem}} figure{{margin:1rem 0}}
@@ -813,8 +813,10 @@ samples, over 40 tiles of the photographs. It does not say how another training 
 would have ended, for each network was trained once (seed {seed}).</p>
 {sections}
 <footer><p>Batches of {batch} digits or {photo_batch} patches; judged on {held} held-out
-digits and on rows of the photographs that nobody was trained on. Full DPI has twice the
-parameters; sampling costs all the same. {versions}</p></footer></html>"""
+digits and on rows of the photographs that nobody was trained on. There the σ map
+answers with the noise, DPI on gains with the noise in units of σ: of these two each got
+what suits it better. Full DPI has twice the parameters; sampling costs all the same.
+{versions}</p></footer></html>"""
 
 def _html_table(rows):
     "Rows of strings as a table; the first is the header."
