@@ -318,13 +318,13 @@ def _judge_on_photos(model, settings):
     psnr = torch.stack([psnr_of_tiles(x, truth) for x in found])
     return dict(psnr=psnr, crops=crops(found).clamp(-1, 1).clone())
 
-# %% ../nbs/49_demo.ipynb #4b6113bf
+# %% ../nbs/49_demo.ipynb #5be9ad86
 def side_by_side(
     names: list,             # contestants
     settings: DemoSettings,
     workers: int,            # processes, at least 1
     tell,                    # tell(name, step), called now and then
-) -> dict:                   # name -> what `compete` returns
+) -> dict:                   # name -> what was found
     "All contestants, so many at a time. Raises what a worker raises."
     context, waiting, at_work, done = get_context("spawn"), list(names), {}, {}
     with _interrupts_ignored():

@@ -69,7 +69,7 @@ def test_workers_do_not_change_the_results():
     "One process or two, and the same seed twice: the same bits."
     from dpi_nbdev.demo import DemoSettings, run_demo
     settings = DemoSettings(steps=5, seed=3, widths=(8, 16), photo_widths=(8, 16),
-                            n_samples=16, sampler_steps=4, levels=3, noise_seeds=2)
+                            n_samples=64, sampler_steps=4, levels=3, noise_seeds=2)
     a, b = (run_demo(settings, progress=False, workers=n) for n in (1, 2))
     for run in (a, b):
         assert run.results.pop("seconds") and run.results.pop("sentences")
