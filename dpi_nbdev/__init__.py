@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # %% ../nbs/60_api.ipynb #d63c7c1e
 _public = {
     "core": "as_scalar expand_scalar seeded image_grid",
-    "monotone": "MonotoneLambda LinearLambda Tents",
+    "monotone": "MonotoneLambda LinearLambda PaperLambda Tents",
     "sets": "Full ParameterSets select_parameters interpolate blend",
     "ways": "LAYER_RULES affine_rule norm_rule",
     "dpi": "DPI param_groups check_exact",
@@ -24,7 +24,7 @@ _public = {
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
     "build": "build_model save_model load_model",
-    "draws": "draw_unit",
+    "draws": "draw_unit ImportanceDraws",
     "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
     "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
     "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise GaussianMixture",

@@ -23,7 +23,7 @@ from .core import atomic_write, output_folder, sealed, unsealed
 from .dpi import DPI
 from .drunet import DRUNet, OnesChannel, Padded
 from .lean import Gains, LowRank
-from .monotone import LinearLambda, MonotoneLambda, Tents
+from .monotone import LinearLambda, MonotoneLambda, PaperLambda, Tents
 from .sets import Full
 
 # %% ../nbs/13_build.ipynb #a849829c
@@ -80,7 +80,7 @@ def build_model(
     backbone: str,               # "drunet" or "adm"
     conditioning: str,           # "dpi", "film", "t_map", "sigma_map", "ncsnv2", "mlp" (ADM only) or "none"
     process: Any = "vp",         # "vp": T steps, linear β from 1e-4 to 0.02; "flow": times in [0, 1]; or the process object itself
-    lam: str = "learned",        # DPI's λ: "learned" or "linear"
+    lam: str = "learned",        # DPI's λ: "learned", "linear", or "paper", see PaperLambda
     T: int = 1000,               # steps of "vp"; for a flow the number of λ's knots
     sets: str = "full",          # DPI's sets: "full", "gains-4" (on 4 curves), "low-rank-8", or "full+gains-4"
     init: str = "copy",          # DPI's second set: a "copy" of the first, or drawn "fresh"
@@ -107,6 +107,7 @@ def build_model(
             case "film": return film(net, 0, scalar.s_max)
         curves = sum(kind.curves for kind in kinds)
         if lam == "linear": knots = LinearLambda(0, scalar.s_max)
+        elif lam == "paper": knots = PaperLambda(scalar.knots, 0, scalar.s_max)
         else: knots = MonotoneLambda(scalar.knots, 0, scalar.s_max, curves=curves)
         return DPI(net, knots, kinds, init=init)
 
@@ -139,7 +140,7 @@ def _drawn_from(seed):
 # %% ../nbs/13_build.ipynb #279d391e
 def _refuse(backbone, conditioning, lam, init, ones_channel):
     "Raises `ValueError` for unknown names and for what does not fit together whatever the process."
-    for name, v, known in (("backbone", backbone, _BACKBONES), ("conditioning", conditioning, _CONDITIONINGS), ("lam", lam, ("learned", "linear")), ("init", init, ("copy", "fresh"))):
+    for name, v, known in (("backbone", backbone, _BACKBONES), ("conditioning", conditioning, _CONDITIONINGS), ("lam", lam, ("learned", "linear", "paper")), ("init", init, ("copy", "fresh"))):
         if not isinstance(v, str) or v not in known: raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {v!r}")
     if (backbone, conditioning) == ("drunet", "mlp"):
         raise ValueError("DRUNet has no normalisation layers, so there is nothing for a timestep MLP to scale and shift; use 'dpi', 't_map' or 'sigma_map', or the backbone 'adm'")
@@ -157,7 +158,7 @@ def _refuse_for(conditioning, scalar):
         raise ValueError("the σ map of a flow would hold (1-t)/t, which is infinite at t = 0, where x is pure noise; use 't_map'")
 
 # %% ../nbs/13_build.ipynb #eac8f981
-_SAVABLE = {c.__name__: c for c in (DRUNet, ADM, OnesChannel, Padded, Unconditional, TMap, SigmaMap, NCSNv2, TimestepMLP, DPI, MonotoneLambda, LinearLambda, Tents)}
+_SAVABLE = {c.__name__: c for c in (DRUNet, ADM, OnesChannel, Padded, Unconditional, TMap, SigmaMap, NCSNv2, TimestepMLP, DPI, MonotoneLambda, LinearLambda, PaperLambda, Tents)}
 _KINDS = {c.__name__: c for c in (Full, LowRank, Gains)}
 
 def _describe(module: nn.Module) -> dict:

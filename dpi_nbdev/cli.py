@@ -101,14 +101,15 @@ def dpi_data(
 # %% ../nbs/53_cli.ipynb #d03d058a
 @command
 def dpi_train(
-    experiment: str,             # a name such as drunet-dpi-vp, its small twin drunet-dpi-vp-small, or a YAML file
-    data: str = None,            # images: a folder, .zip, .npy, .npz, or "digits" or "photos"
-    out: str = None,             # the run's folder; runs/NAME if not given; a run found there is continued
+    experiment: str,             # a name, such as drunet-dpi-vp-small, or a YAML file
+    data: str = None,            # folder, .zip, .npy, .npz, or "digits" or "photos"
+    out: str = None,             # the run's folder, continued if there; else runs/NAME
     dry_run: bool = False,       # say what the run would be and cost, and stop
     steps: int = None,           # optimiser steps
     batch_size: int = None,      # images a step, over all ranks
     lr: float = None,            # peak learning rate of the network
     phi_lr: float = None,        # peak learning rate of φ
+    gains_lr: float = None,      # peak learning rate of lean sets' gains and shifts
     weight_decay: float = None,  # of the network's parameters
     schedule: str = None,        # after the warm-up: cosine, linear or constant
     warmup: float = None,        # share of the steps in which the rate rises
@@ -119,8 +120,8 @@ def dpi_train(
     compile: bool = False,       # compile the model with torch.compile
     flip: bool = False,          # mirror images at random
     seed: int = None,            # of weights, order, scalars and noise
-    lam: str = None,             # DPI's λ: learned or linear
-    draw: str = None,            # how scalars are drawn: stratified, uniform, low_discrepancy or decreasing
+    lam: str = None,             # DPI's λ, such as learned or linear
+    draw: str = None,            # how scalars are drawn: stratified, importance, …
     groups: int = None,          # scalars a batch; 0: one for each sample
     size: int = None,            # side of the images in pixels
     n_held_out: int = None,      # images kept out of training
@@ -137,15 +138,23 @@ def dpi_train(
     from dpi_nbdev.training import TrainingStopped, TrainSettings
     e, name = _experiment(experiment)
     own = lambda cls: {f.name: given[f.name] for f in fields(cls) if f.name in given}
-    e = replace(e, training=replace(e.training, **own(TrainSettings)), **own(Experiment))
-    if dry_run: return print(f"{name}\n{describe_run(e, channels=1 if e.data == 'digits' else 3)}")
-    try: run = run_experiment(e, out or f"runs/{name}", _device(device), watch_every=watch_every, save_every=save_every)
+    training = replace(e.training, **own(TrainSettings))
+    e = replace(e, training=training, **own(Experiment))
+    if dry_run:
+        channels = 1 if e.data == "digits" else 3
+        return print(f"{name}\n{describe_run(e, channels=channels)}")
+    folder = out or f"runs/{name}"
+    try:
+        run = run_experiment(e, folder, _device(device), watch_every=watch_every,
+                             save_every=save_every)
     except TrainingStopped as stop:
         print(f"\ndpi_train: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    if os.environ.get("RANK", "0") == "0":
-        held_out = f"held-out loss {run.held_out[-1][1]:.5f}" if run.held_out else "no held-out images"
-        print(f"{e.training.steps:,} steps in {run.seconds:.0f} s, {held_out}. Sample it with: dpi_sample {out or f'runs/{name}'}")
+    if os.environ.get("RANK", "0") != "0": return
+    loss = "no held-out images"
+    if run.held_out: loss = f"held-out loss {run.held_out[-1][1]:.5f}"
+    print(f"{e.training.steps:,} steps in {run.seconds:.0f} s, {loss}. "
+          f"Sample it with: dpi_sample {folder}")
 
 # %% ../nbs/53_cli.ipynb #14a06b40
 def _experiment(which):
@@ -237,18 +246,23 @@ def dpi_evaluate(
 # %% ../nbs/53_cli.ipynb #b8b3458f
 @command
 def dpi_tables(
-    data: str,               # digits or photos
-    out: str = None,         # the folder; runs/DATA if not given; what is done there is not done again
-    seeds: int = 3,          # of initial weights, batches and noise
-    steps: int = 700,        # optimiser steps of a run
-    n_samples: int = 500,    # images sampled by each run
-    workers: int = 2,        # processes, one thread each
+    study: str,              # digits, photos, fashion, berkeley, long; "a,b"; or all
+    out: str = "runs/tables",  # folder, with one for each study; what is there stays
     only: str = "*",         # rows, as a pattern such as "drunet-*-flow"
+    workers: int = 2,        # processes, one thread each
+    minutes: float = None,   # begin no new run after so long; without it all are run
+    results: str = None,     # folder for tables_STUDY.json; the study's own without it
+    plan: bool = False,      # only say what would be run, and about how long it takes
 ):
-    "Trains the rows of the paper's tables at a small size and writes their numbers into one file."
-    from dpi_nbdev.tables import collect_study, run_study
-    folder = run_study(data, out or f"runs/{data}", seeds, steps, workers, n_samples, only)
-    print(f"The numbers of all runs are in {collect_study(folder)}")
+    "Trains the rows of the paper's tables, small, and writes a file of numbers."
+    from dpi_nbdev.tables import collect_study, plan_table, planned_jobs, run_study
+    jobs = planned_jobs(study, out, only)
+    if plan: return print(plan_table(jobs))
+    try: run_study(study, out, only, workers, minutes)
+    finally:      # what is done is collected, also when some runs failed
+        for name, folder in dict.fromkeys((name, folder) for name, folder, *_ in jobs):
+            path = results and Path(results, f"tables_{name}.json")
+            if any(folder.glob("*--*--*.json")): print(collect_study(folder, path))
 
 # %% ../nbs/53_cli.ipynb #dba44cc9
 @command

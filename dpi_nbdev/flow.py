@@ -15,7 +15,9 @@ from torch import Tensor
 from fastcore.basics import patch
 
 from .core import as_scalar, randn_like
-from .diffusion import Process, _batch, _floating, _same_shape, checked_answer, draw_scalars
+from .diffusion import (Process, _batch, _floating, _same_shape,
+                                 checked_answer, told_or_drawn)
+from .draws import ImportanceDraws
 
 # %% ../nbs/21_flow.ipynb #ba8f57d6
 def _down(t): return 1 - t
@@ -253,40 +255,64 @@ def _pull(fields, x, s):
 
 # %% ../nbs/21_flow.ipynb #08ec675d
 class FlowLoss:
-    "Squared error of a velocity, denoiser or score. Raises `ValueError` for a prediction that the process does not have."
+    """Squared error of a velocity, denoiser or score. Raises `ValueError` for a
+    prediction that the process does not have."""
     error: Callable[..., Tensor]   # below; declared for type checkers
 
     def __init__(self,
-        process: Process,             # FlowMatching, Interpolant or TwoSidedInterpolant
-        predicts: str = "velocity",   # "velocity" (the paper), "eps", "score" (weighted with the noise's variance), or one-sided "x1"
-        antithetic: bool = False,     # average over noise and its negative: less variance, two evaluations
-        draw: str = "stratified",     # how times are drawn, see draw_unit
-        groups: int | None = None,    # so many times in a batch, each shared by a group; None: a time for each sample
+        process: Process,            # FlowMatching, Interpolant or TwoSidedInterpolant
+        predicts: str = "velocity",  # "velocity" (the paper), "eps", "score", "x1"
+        antithetic: bool = False,    # mean over noise and its negative: two evaluations
+        draw="stratified",           # how times are drawn: one of DRAWS, or an object
+        groups: int | None = None,   # so many times a batch; None: one for each sample
     ):
         two = isinstance(process, TwoSidedInterpolant)
-        if not two and not isinstance(process, Interpolant): raise TypeError(f"FlowLoss needs an interpolant, got {type(process).__name__}; VPDiffusion has DiffusionLoss")
-        kinds = ("velocity", "eps", "score") if two else ("velocity", "eps", "score", "x1")
-        if predicts not in kinds: raise ValueError(f"for {process!r} predicts must be one of {', '.join(map(repr, kinds))}; got {predicts!r}")
-        if two and not process.noisy and predicts != "velocity": raise ValueError(f"with gamma = 0 there is no noise to predict; got predicts={predicts!r}")
-        self.process, self.predicts, self.antithetic, self.draw, self.groups = process, predicts, antithetic, draw, groups
+        if not two and not isinstance(process, Interpolant):
+            raise TypeError(_NO_INTERPOLANT.format(type(process).__name__))
+        kinds = ("velocity", "eps", "score") + ("x1",) * (not two)
+        if predicts not in kinds:
+            raise ValueError(_NOT_PREDICTED.format(process, _listed(kinds), predicts))
+        if two and not process.noisy and predicts != "velocity":
+            raise ValueError(_NO_NOISE.format(predicts))
+        self.process, self.predicts, self.antithetic = process, predicts, antithetic
+        self.draw = ImportanceDraws() if draw == "importance" else draw
+        self.groups = groups
 
     def __call__(self,
-        model: Callable,                           # model(x, t) -> prediction, shape of x
-        x,                                         # data (B, ...), or a pair (x0, x1) of them for a two-sided interpolant
-        generator: torch.Generator | None = None,  # for the times first, then for the noise
-        s=None,                                    # times, () or (B,); drawn when not given
-    ) -> tuple[Tensor, Tensor]:                    # the loss, (), and its per-sample values, (B,)
-        "Sets samples on the road and marks the model's answer. Raises `ValueError` when that has another shape, or the batch is empty."
+        model: Callable,                           # model(x, t) -> prediction, like x
+        x,                                         # data (B, ...); two-sided: a pair
+        generator: torch.Generator | None = None,  # for the times, then for the noise
+        s=None,                                    # times, () or (B,); None: drawn
+    ) -> tuple[Tensor, Tensor]:                    # loss, (); per-sample values, (B,)
+        """Sets samples on the road and marks the model's answer. Raises `ValueError`
+        when that has another shape, or the batch is empty."""
         first = x[0] if isinstance(x, (tuple, list)) else x
         _batch(first)
-        s = draw_scalars(self, len(first), generator) if s is None else as_scalar(s, first)
+        s, count = told_or_drawn(self, s, first, generator)
         eps = randn_like(first, generator)
-        signs = (1, -1) if self.antithetic else (1,)
-        errors = [self.error(checked_answer(model, self.process.add_noise(x, sign * eps, s), s), x, sign * eps, s) for sign in signs]
-        per_sample = (sum(errors) / len(signs)).reshape(len(first), -1).mean(1)
+        noises = (eps, -eps) if self.antithetic else (eps,)
+        errors = []
+        for z in noises:
+            y = checked_answer(model, self.process.add_noise(x, z, s), s)
+            errors.append(self.error(y, x, z, s))
+        error = (sum(errors) / len(noises)).reshape(len(first), -1).mean(1)
+        per_sample = count.to(error) * error
         return per_sample.mean(), per_sample
 
-    def __repr__(self): return f"FlowLoss({self.process!r}, {self.predicts!r}, antithetic={self.antithetic}, draw={self.draw!r}, groups={self.groups})"
+    @property
+    def memory(self):
+        "What learns from the losses: the draws, if they do."
+        return self.draw if hasattr(self.draw, "learn") else None
+
+    def __repr__(self):
+        return (f"FlowLoss({self.process!r}, {self.predicts!r}, "
+                f"antithetic={self.antithetic}, draw={self.draw!r}, "
+                f"groups={self.groups})")
+
+_listed = lambda kinds: ", ".join(map(repr, kinds))
+_NO_INTERPOLANT = "FlowLoss needs an interpolant, got {}; VPDiffusion has DiffusionLoss"
+_NOT_PREDICTED = "for {!r} predicts must be one of {}; got {!r}"
+_NO_NOISE = "with gamma = 0 there is no noise to predict; got predicts={!r}"
 
 # %% ../nbs/21_flow.ipynb #887b0764
 @patch

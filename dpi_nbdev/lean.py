@@ -6,6 +6,7 @@
 __all__ = ['hidden_parameters', 'Gains', 'GainsPart', 'LowRank', 'LowRankPart']
 
 # %% ../nbs/05_lean.ipynb #1b90d919
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -107,18 +108,23 @@ class GainsPart(Part):
         else: total = p * self.places[name].spread(1 + change, p.shape)
         return total.to(p.dtype) if out is None else out.copy_(total)
 
-    def outputs(self, name, run, x, y, values, w):
-        "y, with each sample's gains."
-        gain = 1 + _change(values[0], w)
+    def outputs(self, name, run, x, p, values, w):  # run(x, weight) -> output
+        "The layer's output, with each sample's gains."
+        y, gain = run(x, p), 1 + _change(values[0], w)
         return y * self.places[name].beside(gain, y).to(y.dtype)
 
     def mixing(self, name, p):   # operations
         return 2 * self.count * self.places[name].channels + p.numel()
 
 def _change(delta, w):
-    "Σ_k w_k Δ_k, (C,) or (B, C), in float32 or wider; no autocast reaches it."
+    "Σ_k w_k Δ_k, (C,) or (B, C), in float32 or wider."
     wide = torch.promote_types(delta.dtype, torch.float32)
-    return (w.to(wide).unsqueeze(-1) * delta.to(wide)).sum(-2)
+    with _full_precision(delta.device.type): return w.to(wide) @ delta.to(wide)
+
+def _full_precision(device):
+    "A context that autocast does not reach into."
+    low = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if low else nullcontext()
 
 # %% ../nbs/05_lean.ipynb #61cfe9ee
 @dataclass(frozen=True)
@@ -222,9 +228,9 @@ class LowRankPart(Part):
         total = p + change.view(*w.shape[:-1], *p.shape)
         return total.to(p.dtype) if out is None else out.copy_(total)
 
-    def outputs(self, name, run, x, y, values, w):
-        "y, and what the small layers beside it add."
-        return y + self.shapes[name].beside(run, x, *values, w)
+    def outputs(self, name, run, x, p, values, w):  # run(x, weight) -> output
+        "The layer's output, and what the small layers beside it add."
+        return self.shapes[name].outputs(run, x, p, *values, w)
 
     def mixing(self, name, p):   # operations
         inner = self.count * (self.shapes[name].rank if p.ndim > 1 else 1)
@@ -282,16 +288,21 @@ class _Factors:
                 right = b.view(g, inner, -1)
             case "table": left, right = a[None], b.T[None]
             case _: left, right = b[None], a[None]
-        with torch.autocast(a.device.type, enabled=False): return (left * w) @ right
+        with _full_precision(a.device.type): return (left * w) @ right
 
-    def beside(self, run, x, a, b, w):
-        "What the small layers return for w (B, K); `run` is the layer with a weight."
+    def outputs(self, run, x, p, a, b, w):
+        "The layer's output for w (B, K); `run` is the layer with a weight."
         w = self.each(w).repeat(1, self.groups)
         conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}.get(a.ndim)
-        # A turned kernel is the second factor, elsewhere the layer's geometry is in A.
-        first = self.kind != "turned"
-        h = run(x, a) if first else conv(x, a, groups=self.groups)
-        along = (-1, *[1] * (h.ndim - 2)) if conv else (*[1] * (h.ndim - 2), -1)
-        h = h * w.view(len(w), *along).to(h.dtype)
-        if not first: return run(h, b)
-        return conv(h, b, groups=self.groups) if conv else F.linear(h, b)
+        def weighted(h):
+            ones = [1] * (h.ndim - 2)
+            along = (-1, *ones) if self.kind in ("conv", "turned") else (*ones, -1)
+            return h * w.view(len(w), *along).to(h.dtype)
+        match self.kind:
+            case "turned": return run(x, p) + run(weighted(conv(x, a, groups=self.groups)), b)
+            case "conv" if self.groups == 1:
+                # One convolution for W and A: it is one pass over x.
+                y, h = run(x, torch.cat([p, a])).split([len(p), len(a)], 1)
+                return y + conv(weighted(h), b)
+            case "conv": return run(x, p) + conv(weighted(run(x, a)), b, groups=self.groups)
+            case _: return run(x, p) + F.linear(weighted(run(x, a)), b)

@@ -261,9 +261,9 @@ class FullPart(Part):
         if w.ndim > 1: p, values = p[None], [v[None] for v in values]
         return blend([p, *values], w, out)
 
-    def outputs(self, name, run, x, y, values, w):  # run(x, value) -> output; y: of θ⁰
-        "What a layer that is affine in the parameter returns, w (B, K)."
-        return blend([y, *(run(x, v) for v in values)], w)
+    def outputs(self, name, run, x, p, values, w):  # run(x, value) -> the layer's output
+        "What a layer that is linear in the parameter returns, w (B, K)."
+        return blend([run(x, v) for v in (p, *values)], w)
 
     def mixing(self, name, p): return 4 * self.count * p.numel()   # operations (Table 4)
 

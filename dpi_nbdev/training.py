@@ -7,11 +7,12 @@ __all__ = ['TrainSettings', 'rate_factor', 'ema_of', 'step_seed', 'Part', 'Run',
            'train', 'every', 'sample_grid', 'lambda_log', 'plot_lambda_log']
 
 # %% ../nbs/31_training.ipynb #2f69dfce
-import hashlib, json, math, os, signal, threading, time, warnings
+import copy, hashlib, json, math, os, signal, threading, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -30,30 +31,46 @@ from .monotone import MonotoneLambda
 # %% ../nbs/31_training.ipynb #d89c83ce
 @dataclass(frozen=True)
 class TrainSettings:
-    "What decides the outcome of a training run. Raises `ValueError` for values that make no sense."
+    "What decides the outcome of a run. Raises `ValueError` for senseless values."
     steps: int = 1500           # optimiser steps (paper: 500,000)
     batch_size: int = 64        # images a step, over all ranks (paper: 256)
     lr: float = 2e-3            # peak learning rate of the network (paper: 1e-5)
-    phi_lr: float = 1e-2        # peak learning rate of φ, where there is one (paper: 1e-3)
-    weight_decay: float = 0.05  # of the network's parameters, not of φ (paper: 0.05)
-    schedule: str = "cosine"    # what the rate does after the warm-up: "cosine", "linear" or "constant"
+    phi_lr: float = 1e-2        # peak learning rate of φ, if any (paper: 1e-3)
+    gains_lr: float | None = None  # peak rate of gains, shifts; None: a multiple of lr
+    weight_decay: float = 0.05  # of the network, not of φ or gains (paper: 0.05)
+    schedule: str = "cosine"    # after the warm-up: "cosine", "linear" or "constant"
     warmup: float = 0.05        # share of the steps in which the rate rises
     ema: float = 0.998          # decay of the moving average (paper: 0.9999)
     clip: float = 1.0           # largest gradient norm; inf for no limit
-    accumulate: int = 1         # parts in which a rank's share of the batch is computed, to save memory
+    accumulate: int = 1         # parts of a rank's share, one by one, to save memory
     precision: str = "fp32"     # of the forward pass: "fp32", "bf16" or "fp16"
-    compile: bool = False       # hand the model to torch.compile; for DPI this helps when one scalar goes with each part of the batch
+    compile: bool = False       # torch.compile; pays for DPI with a scalar a part
     flip: bool = False          # mirror each image with probability 1/2
     seed: int = 0               # decides order, scalars, noise and dropout
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):
             v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be a whole number, at least 1; got {v!r}")
-        for name, low, high in (("lr", 0, 1), ("phi_lr", 0, 10), ("weight_decay", 0, 1), ("warmup", 0, 1), ("ema", 0, 1), ("clip", 0, math.inf)):
-            if not low <= getattr(self, name) <= high: raise ValueError(f"{name} must be between {low} and {high}, got {getattr(self, name)!r}")
-        for name, words in (("schedule", tuple(_AFTER_WARMUP)), ("precision", ("fp32", "bf16", "fp16"))):
-            if getattr(self, name) not in words: raise ValueError(f"{name} must be one of {', '.join(words)}; got {getattr(self, name)!r}")
+            if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+                raise ValueError(_NOT_WHOLE.format(name, v))
+        if not isinstance(self.gains_lr, (int, float, NoneType)):
+            raise ValueError(_NO_RATE.format(self.gains_lr))
+        for name, high in _AT_MOST.items():
+            v = getattr(self, name)
+            if name == "gains_lr" and v is None: continue
+            if not 0 <= v <= high:
+                raise ValueError(f"{name} must be between 0 and {high}, got {v!r}")
+        for name, words in _WORDS.items():
+            v = getattr(self, name)
+            if v not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}; got {v!r}")
+
+_AT_MOST = dict(lr=1, phi_lr=10, gains_lr=10, weight_decay=1, warmup=1, ema=1,
+                clip=math.inf)
+_WORDS = dict(schedule=("cosine", "linear", "constant"),
+              precision=("fp32", "bf16", "fp16"))
+_NOT_WHOLE = "{} must be a whole number, at least 1; got {!r}"
+_NO_RATE = "gains_lr must be a number, or None for the sets' own; got {!r}"
 
 # %% ../nbs/31_training.ipynb #74275874
 _AFTER_WARMUP = {"cosine": lambda u: 0.5 * (1 + math.cos(math.pi * u)), "linear": lambda u: 1 - u, "constant": lambda u: 1.}  # u from 0 to nearly 1
@@ -123,48 +140,75 @@ class Run:
     "A training run. `train` calls its methods; look there for their order."
     def __init__(
         self,
-        model: nn.Module,         # model(x, s); trained in place
-        objective: Callable,      # objective(model, x, generator) -> loss, per-sample values
-        data,                     # (N, C, H, W) in [-1, 1]: a tensor, or anything with a length, a shape and `data[LongTensor]`
+        model: nn.Module,     # model(x, s); trained in place
+        objective: Callable,  # objective(model, x, generator) -> loss, values
+        data,                 # (N, C, H, W) in [-1, 1]; has len, shape and data[index]
         settings: TrainSettings,
     ):
         from accelerate import Accelerator
         o, self.device = settings, next(model.parameters()).device
-        launched = "LOCAL_RANK" in os.environ                     # by torchrun or accelerate launch
-        self.ranks = Accelerator(mixed_precision="no", cpu=launched and self.device.type == "cpu")
+        launched = "LOCAL_RANK" in os.environ      # by torchrun or accelerate launch
+        self.ranks = Accelerator(mixed_precision="no",
+                                 cpu=launched and self.device.type == "cpu")
         self.rank, self.world = self.ranks.process_index, self.ranks.num_processes
         if self.world > 1: self.device = self.ranks.device
-        if o.batch_size % (self.world * o.accumulate): raise ValueError(f"batch_size={o.batch_size} does not divide by {self.world} ranks × accumulate={o.accumulate}")
-        self.objective, self.data, self.settings, self.batches = objective, data, o, Batches(data, o.batch_size, o.seed, o.flip)
+        if o.batch_size % (self.world * o.accumulate):
+            raise ValueError(_NO_DIVISOR.format(o.batch_size, self.world, o.accumulate))
+        self.data, self.settings = data, o
+        self.objective = _own(objective)
+        self.batches = Batches(data, o.batch_size, o.seed, o.flip)
         self.net = model.train().to(self.device, memory_format=torch.channels_last)
         self.average = ema_of(self.net, o.ema)
-        self.model = self.shared = self.ranks.prepare_model(self.net) if self.world > 1 else self.net
-        if o.compile: self.model = torch.compile(self.model)
-        self.optimizer = torch.optim.AdamW(param_groups(self.net, o.lr, o.phi_lr, o.weight_decay), fused=self.device.type in ("cpu", "cuda", "mps"))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i: rate_factor(min(i, o.steps - 1), o.steps, o.warmup, o.schedule))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=o.precision == "fp16")
-        self.step, self.looked_at, self.losses = 0, 0, torch.zeros(o.steps, device=self.device)
+        alone = self.world == 1
+        self.shared = self.net if alone else self.ranks.prepare_model(self.net)
+        self.model = torch.compile(self.shared) if o.compile else self.shared
+        fused = self.device.type in ("cpu", "cuda", "mps")
+        groups = param_groups(self.net, o.lr, o.phi_lr, o.weight_decay, o.gains_lr)
+        self.optimizer = torch.optim.AdamW(groups, fused=fused)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda i:
+            rate_factor(min(i, o.steps - 1), o.steps, o.warmup, o.schedule))
+        low = o.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=low)
+        self.step, self.looked_at = 0, 0
+        self.losses = torch.zeros(o.steps, device=self.device)
         self.held_out, self.norm, self.seconds, self.saved = [], None, 0., None
-        self.patience = 1 if self.device.type == "cpu" else 10   # steps between two looks at the losses: a GPU is made to wait
+        # steps between two looks at the losses: a GPU is made to wait
+        self.patience = 1 if self.device.type == "cpu" else 10
         self.optimizer.zero_grad()
+
+_NO_DIVISOR = "batch_size={} does not divide by {} ranks × accumulate={}"
+
+def _own(objective):
+    "An objective that learns is copied: the caller's stays as it was."
+    return objective if _memory(objective) is None else copy.deepcopy(objective)
+
+def _memory(objective):
+    "What of an objective learns, if anything."
+    return getattr(objective, "memory", None)
 
 # %% ../nbs/31_training.ipynb #bf2c9c26
 @patch
 def batch(self: Run) -> Tensor:  # (B / ranks, C, H, W)
     "This rank's images of the step, on its device."
-    return self.batches.batch(self.step, self.rank, self.world).to(self.device, non_blocking=True, memory_format=torch.channels_last)
+    x = self.batches.batch(self.step, self.rank, self.world)
+    return x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
 @patch
 def gradients(self: Run,
-    x: Tensor,  # this rank's images
+    x: Tensor,  # this rank's images, (B / ranks, C, H, W)
 ):
-    "The gradient of the whole batch's loss, part by part, averaged over the ranks. Notes the loss."
+    """The gradient of the whole batch's loss, part by part, averaged over the ranks.
+    Notes the loss, and lets the objective learn from it."""
     o, total = self.settings, 0.
-    _set_global_generator(step_seed(o.seed, self.step, "dropout", self.rank), self.device)
+    dropout = step_seed(o.seed, self.step, "dropout", self.rank)
+    _set_global_generator(dropout, self.device)
     start, size = self.rank * len(x), len(x) // o.accumulate
-    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (start, o.batch_size - start - len(x))) if self.world > 1 else x
+    around = (start, o.batch_size - start - len(x))      # rows of the other ranks
+    whole = F.pad(x, (0, 0) * (x.ndim - 1) + around) if self.world > 1 else x
+    values = torch.zeros(o.batch_size, device=self.device)
     for i in range(o.accumulate):
-        rows, last = slice(start + i * size, start + (i + 1) * size), i == o.accumulate - 1
+        rows = slice(start + i * size, start + (i + 1) * size)
+        last = i == o.accumulate - 1
         with nullcontext() if last else self.ranks.no_sync(self.shared):
             draws = seeded(step_seed(o.seed, self.step), self.device)
             answer = self.objective(Part(self.model, rows, o.precision), whole, draws)
@@ -172,8 +216,21 @@ def gradients(self: Run,
             if size < o.batch_size: loss = per_sample[rows].mean()
             self.scaler.scale(loss / o.accumulate).backward()
         total = total + loss.detach() / o.accumulate
+        values[rows] = per_sample[rows].detach().to(values)
     self.losses[self.step] = total
+    self.tell(values)
 
+@patch
+def tell(self: Run,
+    values: Tensor,  # (B,) per-sample values, those of other ranks 0
+):
+    "Tells an objective that learns what the step's samples cost, on all ranks alike."
+    memory = _memory(self.objective)
+    if memory is None: return
+    if self.world > 1: values = self.ranks.reduce(values, "sum")
+    memory.learn(values)
+
+# %% ../nbs/31_training.ipynb #a3f5832c
 def _loss_and_parts(
     answer,     # what an objective returned
     x: Tensor,  # the images it was asked about, (B, C, H, W)
@@ -280,38 +337,65 @@ def describe(
     thing,    # an objective, a process, or any of their settings
 ) -> str:     # names all settings, and no address
     "A description that is equal for equal things, in this process and the next."
-    if isinstance(thing, Tensor): return f"tensor{tuple(thing.shape)}#{hashlib.sha256(thing.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:8]}"
+    if isinstance(thing, Tensor):
+        data = thing.detach().cpu().contiguous().numpy().tobytes()
+        return f"tensor{tuple(thing.shape)}#{hashlib.sha256(data).hexdigest()[:8]}"
     if hasattr(thing, "__qualname__"): return f"{thing.__module__}.{thing.__qualname__}"
     if type(thing).__repr__ is not object.__repr__: return repr(thing)
+    # What begins with an underscore is no setting: it may change on the way.
     settings = {k: v for k, v in vars(thing).items() if not k.startswith("_")}
-    return f"{type(thing).__name__}({', '.join(f'{k}={describe(v)}' for k, v in settings.items())})"
+    listed = ", ".join(f"{k}={describe(v)}" for k, v in settings.items())
+    return f"{type(thing).__name__}({listed})"
 
 @patch
 def about(self: Run) -> dict:  # strings, numbers and lists
     "What this run is: a checkpoint of anything else is not continued."
-    some = self.data[torch.linspace(0, len(self.data) - 1, min(16, len(self.data))).long()]
-    return asdict(self.settings) | dict(objective=describe(self.objective), data=describe(some) + f" of {tuple(self.data.shape)}")
+    n = len(self.data)
+    some = self.data[torch.linspace(0, n - 1, min(16, n)).long()]
+    return asdict(self.settings) | dict(
+        objective=describe(self.objective),
+        data=f"{describe(some)} of {tuple(self.data.shape)}")
 
 @patch
 def faults(self: Run,
     state: dict,  # of a checkpoint
 ) -> list[str]:   # why this run cannot go on from there
     "Differences between this run and the one that wrote a checkpoint."
-    if not {"about", "step", "network"} <= state.keys(): return ["it does not hold a training run"]
+    if not {"about", "step", "network"} <= state.keys():
+        return ["it does not hold a training run"]
     then, now, step = state["about"], self.about(), state["step"]
-    found = [f"{k} was {then.get(k)!r} and is {now.get(k)!r}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k) and k != "steps"]
+    names = sorted((then.keys() | now.keys()) - {"steps"})
+    found = [f"{k} was {then.get(k)!r} and is {now.get(k)!r}"
+             for k in names if then.get(k) != now.get(k)]
     if not found and then["steps"] != now["steps"]:
-        rates = lambda steps: [rate_factor(i, steps, now["warmup"], now["schedule"]) for i in range(step)]
-        if step > now["steps"] or rates(then["steps"]) != rates(now["steps"]): found = [f"steps was {then['steps']} and is {now['steps']}, with which the learning rates of the {step} steps so far would have been others"]
+        rates = lambda steps: [rate_factor(i, steps, now["warmup"], now["schedule"])
+                               for i in range(step)]
+        if step > now["steps"] or rates(then["steps"]) != rates(now["steps"]):
+            found = [_OTHER_RATES.format(then["steps"], now["steps"], step)]
+    if (_memory(self.objective) is None) != (state.get("memory") is None):
+        found.append("what the objective had learned is in one of the two only")
     return found + state_faults(self.net.state_dict(), state["network"])
+
+_OTHER_RATES = ("steps was {} and is {}, with which the learning rates of the {} steps "
+                "so far would have been others")
 
 # %% ../nbs/31_training.ipynb #4607effd
 @patch
 def state(self: Run) -> dict:
     "Where this run stands, for a checkpoint."
-    return dict(about=self.about(), step=self.step, network=dict(self.net.state_dict()), average=dict(self.average.state_dict()),
-                optimizer=self.optimizer.state_dict(), schedule={k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-                scaler=self.scaler.state_dict(), losses=self.losses[:self.step], held_out=self.held_out, seconds=self.seconds)
+    memory, schedule = _memory(self.objective), self.schedule.state_dict()
+    return dict(
+        about=self.about(),
+        step=self.step,
+        network=dict(self.net.state_dict()),
+        average=dict(self.average.state_dict()),
+        optimizer=self.optimizer.state_dict(),
+        schedule={k: v for k, v in schedule.items() if k != "lr_lambdas"},
+        scaler=self.scaler.state_dict(),
+        memory=None if memory is None else dict(memory.state_dict()),
+        losses=self.losses[:self.step],
+        held_out=self.held_out,
+        seconds=self.seconds)
 
 @patch
 def restore(self: Run,
@@ -321,13 +405,21 @@ def restore(self: Run,
     self.net.load_state_dict(state["network"])
     self.average.load_state_dict(state["average"])
     self.optimizer.load_state_dict(state["optimizer"])
-    for p, moments in self.optimizer.state.items():         # in the layout of their parameters, see above
-        moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape and k != "step"})
-    self.schedule.load_state_dict(state["schedule"] | dict(lr_lambdas=[None] * len(self.optimizer.param_groups)))
-    for group, peak, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas): group["lr"] = peak * factor(state["step"])  # a longer run goes on with its own rates
+    for p, moments in self.optimizer.state.items():   # in the layout of p, see above
+        for k, v in moments.items():
+            if v.shape == p.shape and k != "step":
+                moments[k] = torch.empty_like(p).copy_(v)
+    unsaved = dict(lr_lambdas=[None] * len(self.optimizer.param_groups))
+    self.schedule.load_state_dict(state["schedule"] | unsaved)
+    peaks, factors = self.schedule.base_lrs, self.schedule.lr_lambdas
+    for group, peak, factor in zip(self.optimizer.param_groups, peaks, factors):
+        group["lr"] = peak * factor(state["step"])    # a longer run has its own rates
     if self.scaler.is_enabled(): self.scaler.load_state_dict(state["scaler"])
+    if state.get("memory") is not None:
+        _memory(self.objective).load_state_dict(state["memory"])
     self.step = self.looked_at = state["step"]
-    self.losses[:self.step], self.held_out, self.seconds = state["losses"].to(self.device), state["held_out"], state["seconds"]
+    self.losses[:self.step] = state["losses"].to(self.device)
+    self.held_out, self.seconds = state["held_out"], state["seconds"]
 
 # %% ../nbs/31_training.ipynb #b5c61a6e
 @patch
@@ -426,32 +518,37 @@ class Trained:
     model: nn.Module  # the moving average, in eval mode: judge and sample this one
     losses: Tensor    # (steps,) float32, the loss of each step
     seconds: float    # wall-clock time of the loop, over all resumptions
-    held_out: list = field(default_factory=list)  # (step, held-out loss) for each time it was measured
+    held_out: list = field(default_factory=list)  # (step, held-out loss), each time
+    objective: Callable | None = None             # with what it learned, if it learns
 
 # %% ../nbs/31_training.ipynb #74b56647
 def train(
-    model: nn.Module,             # model(x, s); trained in place, on the kind of device where it is
-    objective: Callable,          # objective(model, x, generator) -> loss (), per-sample values (B,): DiffusionLoss, FlowLoss, …
-    data,                         # (N, C, H, W) in [-1, 1]: a tensor, or anything with a length, a shape and `data[LongTensor]`
+    model: nn.Module,        # model(x, s); trained in place, on its kind of device
+    objective: Callable,     # objective(model, x, generator) -> loss (), values (B,)
+    data,                    # (N, C, H, W) in [-1, 1]; has len, shape and data[index]
     settings: TrainSettings = TrainSettings(),
-    out=None,                     # folder for checkpoints and log; a run found there is continued. None: no files
-    held_out=None,                # (M, C, H, W): images for the held-out loss
-    watch=(),                     # functions f(step, averaged model), called after every step on the first rank
-    check_every: int = 500,       # steps between two held-out losses
-    save_every: int = 500,        # steps between two checkpoints
-    log_every: int = 50,          # steps between two lines of the log
-    keep: int = 3,                # checkpoints to keep
-    progress: bool = True,        # show a progress bar with the loss
-    desc: str = "training",       # its label
+    out=None,                # folder of checkpoints and log, continued; None: no files
+    held_out=None,           # (M, C, H, W): images for the held-out loss
+    watch=(),                # f(step, averaged model), after every step, first rank
+    check_every: int = 500,  # steps between two held-out losses
+    save_every: int = 500,   # steps between two checkpoints
+    log_every: int = 50,     # steps between two lines of the log
+    keep: int = 3,           # checkpoints to keep
+    progress: bool = True,   # show a progress bar with the loss
+    desc: str = "training",  # its label
 ) -> Trained:
     """Minimises an objective. Raises `FloatingPointError`, naming the step, when the
     loss is not finite; `TrainingStopped` after a signal; `ValueError` when `out` holds
     another run or `held_out` nothing; `BlockingIOError` when another process trains in
     `out`; `TypeError` for an objective that returns something else."""
-    every = dict(log=_whole("log_every", log_every), check=_whole("check_every", check_every), save=_whole("save_every", save_every))
-    if held_out is not None and not len(held_out): raise ValueError("held_out holds no images; None says that no held-out loss is wanted")
-    store = None if out is None else Checkpoints(Path(output_folder(out))/"checkpoints", keep)
+    every = dict(log=_whole("log_every", log_every),
+                 check=_whole("check_every", check_every),
+                 save=_whole("save_every", save_every))
+    if held_out is not None and not len(held_out): raise ValueError(_NONE_HELD_OUT)
+    folder = None if out is None else Path(output_folder(out))/"checkpoints"
+    store = folder and Checkpoints(folder, keep)
     run = Run(model, objective, data, settings)
+    every["look"] = run.patience
     if held_out is not None:
         with _own_randomness(run): run.rehearse(held_out)
     with (_resumed(run, out, store),
@@ -460,13 +557,15 @@ def train(
           _own_randomness(run),
           _bar(run, desc, progress) as bar):
         while run.step < settings.steps:
-            x = run.batch()                                        # this rank's images
-            run.gradients(x)                                       # forward and backward
+            x = run.batch()                               # this rank's images
+            run.gradients(x)                              # forward and backward
             run.clip()
-            run.update()                                           # optimizer and schedule
-            run.follow()                                           # moving average
-            due = {k for k, n in (every | dict(look=run.patience)).items() if run.step % n == 0 or run.step == settings.steps}
-            stop = run.look(signals.received) if due else None     # is the loss finite? is it time to go?
+            run.update()                                  # optimizer and schedule
+            run.follow()                                  # moving average
+            end = run.step == settings.steps
+            due = {k for k, n in every.items() if end or run.step % n == 0}
+            # Is the loss finite? Is it time to go?
+            stop = run.look(signals.received) if due else None
             if "log" in due: log.report(run)
             if "check" in due and held_out is not None:
                 run.held_out.append((run.step, run.measure(held_out)))
@@ -476,7 +575,10 @@ def train(
             bar.tick()
             if store and ("save" in due or stop): run.save(store)
             if stop: raise TrainingStopped(_stopped(run, stop), run.step, stop)
-    return Trained(run.average.module, run.losses.cpu(), run.seconds, run.held_out)
+    return Trained(run.average.module, run.losses.cpu(), run.seconds, run.held_out,
+                   run.objective)
+
+_NONE_HELD_OUT = "held_out holds no images; None says that no held-out loss is wanted"
 
 # %% ../nbs/31_training.ipynb #6c8aca03
 def _whole(name, n):

@@ -212,16 +212,24 @@ def affine_rule(layer, held, w, x, *args):
             with _lent(layer, held.mixed(own)): parts.append(forward(part))
         return torch.cat(parts)
     if how == "own":
-        lam = each[:, 0].to(layer.weight.dtype)
-        second = held.full()[0]["weight"]
-        y = _OwnKernels.apply(x, layer.weight, second, lam, _settings(layer))
+        if (sets := held.full()) is None: y = _convolved(x, layer, held, each)
+        else:
+            lam, second = each[:, 0].to(layer.weight.dtype), sets[0]["weight"]
+            y = _OwnKernels.apply(x, layer.weight, second, lam, _settings(layer))
         return y if layer.bias is None else y + _along(y, held.mix("bias", each), 1)
     return _beside(layer, held, each, x, lambda x: forward(x, *args))
 
+def _convolved(x, layer, held, each):
+    "A kernel for each sample, of sets that are no complete values."
+    kernels, settings = held.mix("weight", each).flatten(0, 1), _settings(layer)
+    settings["groups"] *= len(x)
+    wide = torch.convolution(_side_by_side(x), kernels, None, **settings)
+    return wide.reshape(len(x), -1, *wide.shape[2:])
+
 def _along(y, v, axis):
     "`v` (B or 1, C), shaped to meet axis `axis` of `y`: the channels, 1 or -1."
-    return v.view(len(v), *[1] * (y.ndim - 2), -1) if axis == -1 else (
-        v.view(*v.shape, *[1] * (y.ndim - 2)))
+    ones = [1] * (y.ndim - 2)
+    return v.view(len(v), *((-1, *ones) if axis == 1 else (*ones, -1)))
 
 def _beside(layer, held, each, x, forward):
     "The further sets beside θ⁰ on the whole batch, outputs mixed."
@@ -234,11 +242,11 @@ def _beside(layer, held, each, x, forward):
     unbiased = {} if bias is None else {"bias": None}
     def run(x, weight):
         with _lent(layer, {"weight": weight, **unbiased}): return forward(x)
-    y = total = run(x, layer.weight)
-    for k, (part, values, span) in enumerate(held.added.get("weight", [])):
-        name = held.names["weight"]
-        more = part.outputs(name, run, x, y, values, each[:, span])
-        total = more if k == 0 else total + (more - y)
+    added, name = held.added.get("weight", []), held.names.get("weight")
+    totals = [part.outputs(name, run, x, layer.weight, values, each[:, span])
+              for part, values, span in added]
+    total = totals[0] if len(totals) == 1 else run(x, layer.weight)
+    if len(totals) > 1: total = total + sum(more - total for more in totals)
     if bias is None: return total
     axis = 1 if isinstance(layer, _CONVS) else -1
     return total + _along(total, held.mix("bias", each), axis).to(total.dtype)
@@ -267,7 +275,7 @@ def _cheapest(layer, held, w, x):
 def _own_is_possible(layer, held, x):
     "May this convolution have a kernel for each sample?"
     sets = held.full()
-    if sets is None or len(sets) > 1 or "weight" not in sets[0]: return False
+    if sets is not None and len(sets) > 1: return False
     if x.device.type != "cpu" or not isinstance(layer, _CONVS): return False
     if torch.compiler.is_compiling(): return False   # no clear gain was measured
     inner = torch._C._functorch.peek_interpreter_stack() is not None   # jvp, vmap, …

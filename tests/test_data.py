@@ -1,5 +1,6 @@
 """What a notebook cell cannot show about data: processes killed for good, memory that is really limited, and files damaged at random."""
 import errno
+import gzip
 import io
 import json
 import multiprocessing as mp
@@ -20,7 +21,8 @@ from PIL import Image
 
 from dpi_nbdev import convert
 from dpi_nbdev.convert import convert_images
-from dpi_nbdev.data import Batches, ImageArray, load_images, open_array
+from dpi_nbdev.data import (Batches, ImageArray, digits, load_images, open_array, photos,
+                            read_idx)
 from dpi_nbdev.files import ImageError, ImageFiles, ImageSource, decode_image, read_labels
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -323,3 +325,101 @@ def test_random_damage_is_an_error_with_a_reason_or_an_image(tmp_path, kind):
             try: assert read().dtype == np.uint8
             except ValueError as e: failed += bool(str(e))
     assert failed > 10
+
+
+# -- three parts, idx files, photographs ---------------------------------------------
+
+
+def test_parts_are_disjoint_and_what_is_held_out_does_not_depend_on_validation():
+    with_it, without = digits(n_validation=100), digits()
+    assert (with_it.held_out == without.held_out).all()
+    assert (with_it.train == without.train[:1400]).all()
+    assert (with_it.validation == without.train[1400:]).all()
+    assert (with_it.validation_labels == without.train_labels[1400:]).all()
+    assert without.validation is None and without.validation_labels is None
+    assert "validation=(100, 1, 8, 8)" in repr(with_it) and "validation" not in repr(without)
+
+
+def test_patches_of_the_two_photographs_share_no_row_between_parts(monkeypatch):
+    "Photographs in which a pixel says the row that it is in."
+    row = (np.arange(427) // 2).astype(np.uint8)
+    photo = np.broadcast_to(row[:, None, None], (427, 640, 3))
+    two = type("Two", (), dict(images=[photo, photo]))
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: two)
+    split = photos(32, n_train=1500, n_held_out=1500, n_validation=1500)
+    rows = {k: ((getattr(split, k) + 1) * 127.5).round().unique().tolist()
+            for k in ("train", "validation", "held_out")}
+    assert rows["train"] == list(range(118))           # rows 0 to 234; row 235 is shared
+    assert rows["validation"] == list(range(117, 150))
+    assert rows["held_out"] == list(range(149, 214))
+    with pytest.raises(ValueError, match="size must be from 1 to 64, got 65"):
+        photos(65, n_validation=1)
+    assert len(photos(65, n_train=1, n_held_out=1).train) == 1
+
+
+def write_idx(path, x):
+    data = bytes([0, 0, 8, x.ndim]) + np.array(x.shape, ">u4").tobytes() + x.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def mnist_folder(path, packed):
+    rng, end = np.random.default_rng(0), ".gz" if packed else ""
+    path.mkdir()
+    for part, n in (("train", 60), ("t10k", 20)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        write_idx(path / f"{part}-images-idx3-ubyte{end}", images)
+        write_idx(path / f"{part}-labels-idx1-ubyte{end}", images[:, 0, 0] % 10)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_in_the_layout_of_mnist_is_read_as_such(tmp_path, monkeypatch, packed):
+    folder = mnist_folder(tmp_path / "clothes", packed)
+    split = load_images(folder, 28, n_held_out=10, n_validation=20, seed=3)
+    assert [len(x) for x in (split.train, split.validation, split.held_out)] == [40, 20, 10]
+    for part in ("train", "validation", "held_out"):
+        x, labels = getattr(split, part)[:], getattr(split, f"{part}_labels")
+        assert (((x[:, 0, 0, 0] + 1) * 127.5).round() % 10 == labels).all()
+    monkeypatch.setattr("dpi_nbdev.data.FASHION_FOLDER", folder)
+    again = load_images("fashion", n_held_out=10, n_validation=20, seed=3)
+    assert (again.train[:] == split.train[:]).all()
+    with pytest.raises(ValueError, match="1×28×28"):
+        load_images("fashion", 32, n_held_out=10)
+    monkeypatch.setattr("dpi_nbdev.data.FASHION_FOLDER", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        load_images("fashion")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_damaged_idx_file_is_an_error_with_a_reason(tmp_path, packed):
+    path = tmp_path / ("x.gz" if packed else "x")
+    write_idx(path, np.arange(24, dtype=np.uint8).reshape(4, 3, 2))
+    assert (read_idx(path) == np.arange(24).reshape(4, 3, 2)).all()
+    whole, rng, failed = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.3: del data[rng.randrange(len(data)):]
+        path.write_bytes(data)
+        try: assert read_idx(path).dtype == np.uint8
+        except ValueError as e: failed += bool(str(e))
+    assert failed > 50
+
+
+def test_berkeley_patches_come_from_the_photographs_that_they_should(tmp_path, monkeypatch):
+    for name in ("bsds432.zip", "cbsd68.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as z:
+            for i in range(12):
+                z.writestr(f"{i:02}.png", png(100 * len(name) + i, 48))
+    monkeypatch.setenv("DPI_BERKELEY", str(tmp_path))
+    first = load_images("berkeley", 32, n_train=40, n_held_out=20, n_validation=8)
+    again = load_images("berkeley", 32, n_train=40, n_held_out=20, n_validation=8)
+    other = load_images("berkeley", 32, n_train=40, n_held_out=20, n_validation=8, seed=1)
+    for part in ("train", "validation", "held_out"):
+        assert (getattr(first, part) == getattr(again, part)).all()
+        assert not (getattr(first, part) == getattr(other, part)).all()
+    grey = load_images("berkeley", 16, n_train=4, n_held_out=2, channels=1)
+    assert grey.train.shape == (4, 1, 16, 16) and grey.validation is None
+    monkeypatch.setenv("DPI_BERKELEY", str(tmp_path / "no"))
+    with pytest.raises(FileNotFoundError, match="no bsds432.zip .* DPI_BERKELEY=FOLDER"):
+        load_images("berkeley")

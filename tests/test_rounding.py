@@ -219,7 +219,8 @@ def test_training_in_parts_and_on_another_machine(kind):
     for end in ends[1:]:
         torch.testing.assert_close(end.losses, ends[0].losses, rtol=1e-4, atol=1e-5)
         measured, before = end.held_out[-1][1], ends[0].held_out[-1][1]
-        assert measured != before and measured == pytest.approx(before, rel=1e-4)
+        assert measured == pytest.approx(before, rel=1e-4)
+        assert measured != before or not torch.equal(end.losses, ends[0].losses)
 
 
 # ---------------------------------------------------------------- notebooks
