@@ -63,19 +63,19 @@ _ALSO = ("dpi-linear", "gains-8", "low-rank-4", "low-rank-8", "full+gains-4",
 _FEW = ("t-map-wide", "gains-8", "low-rank-4", "ncsnv2")
 
 STUDIES = {
-    "digits": Plan("digits", 1000,
+    "digits": Plan("digits", 700,
         {"drunet-vp": MAIN, "drunet-flow": MAIN,
          "adm-vp": ("t-map", "mlp", "film", "gains-4")},
         {"drunet-vp": _ALSO, "drunet-flow": ("dpi-linear", "none"),
          "adm-vp": ("dpi", "dpi-linear", "gains-1", "ncsnv2", "sigma-map"),
          "adm-flow": ("t-map", "mlp", "film", "gains-4", "dpi")}),
-    "photos": Plan("photos", 800, {"drunet-vp": MAIN, "drunet-flow": MAIN},
+    "photos": Plan("photos", 500, {"drunet-vp": MAIN, "drunet-flow": MAIN},
         {"drunet-vp": _ALSO, "drunet-flow": ("dpi-linear", "none")}),
-    "fashion": Plan("fashion", 800, {"drunet-vp": MAIN}, {"drunet-vp": _FEW},
+    "fashion": Plan("fashion", 500, {"drunet-vp": MAIN}, {"drunet-vp": _FEW},
                     budgets=("time",)),
-    "berkeley": Plan("berkeley", 800, {"drunet-vp": MAIN}, {"drunet-vp": _FEW},
+    "berkeley": Plan("berkeley", 450, {"drunet-vp": MAIN}, {"drunet-vp": _FEW},
                      budgets=("time",)),
-    "long": Plan("photos", 3200, {"drunet-vp": MAIN}, seeds=1, budgets=("time",),
+    "long": Plan("photos", 2000, {"drunet-vp": MAIN}, seeds=1, budgets=("time",),
                  turn=2),
 }
 

@@ -187,9 +187,15 @@ class _OwnKernels(torch.autograd.Function):
 def _kernels(w0, w1, lam):
     "The kernels of several samples, one after the other along the first axis."
     lam = lam.view(-1, *[1] * w0.ndim)
+    # A grouped convolution is slow on what lies channels-last: everything lies plainly.
+    plain = torch.contiguous_format
+    w0, w1 = (w.contiguous(memory_format=plain) for w in (w0, w1))
     return interpolate(w0[None], w1[None], lam).flatten(0, 1)
 
-def _side_by_side(x): return x.reshape(1, -1, *x.shape[2:])   # samples as channels
+def _side_by_side(x):
+    "Samples as channels."
+    plain = x.contiguous(memory_format=torch.contiguous_format)
+    return plain.view(1, -1, *x.shape[2:])
 
 def _settings(layer):
     "What torch.convolution wants to know of a layer, in its order."
@@ -221,7 +227,8 @@ def affine_rule(layer, held, w, x, *args):
 
 def _convolved(x, layer, held, each):
     "A kernel for each sample, of sets that are no complete values."
-    kernels, settings = held.mix("weight", each).flatten(0, 1), _settings(layer)
+    kernels, settings = held.mix("weight", each).contiguous(), _settings(layer)
+    kernels = kernels.flatten(0, 1)
     settings["groups"] *= len(x)
     wide = torch.convolution(_side_by_side(x), kernels, None, **settings)
     return wide.reshape(len(x), -1, *wide.shape[2:])
