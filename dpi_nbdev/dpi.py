@@ -67,7 +67,8 @@ class DPI(nn.Module):
         for name, tree in [pair for part in parts for pair in part.modules().items()]:
             self.add_module(name, tree)
         self.lam, self.size = lam, sum(p.numel() for p in self.sets.first().values())
-        self.names, self.granularity, self.check = [*self.sets.places], granularity, check
+        self.names = [*self.sets.places]
+        self.granularity, self.check = granularity, check
         self.running, self.warned, self.kinds = False, False, {}
         self.register_load_state_dict_pre_hook(_refuse_other_kinds)
         owners = {m: None for places in self.sets.places.values() for _, m, _ in places}
@@ -160,8 +161,8 @@ _NO_KIND = ("sets must be Full(n), LowRank(rank), Gains(curves), or a tuple of t
             " got {!r}")
 _KIND_TWICE = "sets={!r} names a kind twice"
 _CURVES = "sets={!r} needs a λ of {} curve(s), and this one has {}"
-_SCALARS = ("this model takes {0} scalars: a tuple of {0}, or a tensor of shape ({0},) or"
-            " (B, {0}); got {1!r}")
+_SCALARS = ("this model takes {0} scalars: a tuple of {0}, or a tensor of shape ({0},)"
+            " or (B, {0}); got {1!r}")
 _OTHER_KIND = ("the saved model has further sets under {}, and this one has sets={!r},"
                " kept under {}: build it with the sets of the saved one")
 _OTHER_SHAPE = ("{!r} has shape {} in the saved model and {} here: another number of"
@@ -929,7 +930,8 @@ def param_groups(
     "θ, gains and φ as parameter groups. φ is what a `MonotoneLambda` holds."
     phi = [m.phi for m in model.modules() if isinstance(m, MonotoneLambda)]
     gains = {}   # rate -> parameters
-    for part in (p for m in model.modules() if isinstance(m, DPI) for p in m.sets.parts):
+    wrapped = [m for m in model.modules() if isinstance(m, DPI)]
+    for part in [part for m in wrapped for part in m.sets.parts]:
         if part.rate is None: continue
         rate = lr * part.rate if gains_lr is None else gains_lr
         own = [p for tree in part.trees for p in tree.parameters()]

@@ -220,13 +220,14 @@ class Full:
     def make(self,
         net: nn.Module,   # holds θ⁰
         select=None,      # see select_parameters
-        init="copy",      # see second_set; for several further sets also a list of these
+        init="copy",      # see second_set; for several further sets also a list
         scalars: int = 1, # how many scalars have a λ of their own
     ):                    # the part
         "The further sets. Raises `ValueError` or `TypeError`."
         names, further = select_parameters(net, select), scalars * (self.n - 1)
         starts = init if isinstance(init, (list, tuple)) else [init] * further
-        if len(starts) != further: raise ValueError(_STARTS.format(len(starts), further))
+        if len(starts) != further:
+            raise ValueError(_STARTS.format(len(starts), further))
         return FullPart([second_set(net, names, start) for start in starts])
 
 # %% ../nbs/02_sets.ipynb #79a9767d
@@ -261,11 +262,13 @@ class FullPart(Part):
         if w.ndim > 1: p, values = p[None], [v[None] for v in values]
         return blend([p, *values], w, out)
 
-    def outputs(self, name, run, x, p, values, w):  # run(x, value) -> the layer's output
+    def outputs(self, name, run, x, p, values, w):  # run(x, value) -> output
         "What a layer that is linear in the parameter returns, w (B, K)."
         return blend([run(x, v) for v in (p, *values)], w)
 
-    def mixing(self, name, p): return 4 * self.count * p.numel()   # operations (Table 4)
+    def mixing(self, name, p):
+        "Floating-point operations of `mix`, as Table 4 counts them."
+        return 4 * self.count * p.numel()
 
 # %% ../nbs/02_sets.ipynb #a6562063
 _TOO_FEW_SETS = "Full sets are two or more, got {!r}"

@@ -22,9 +22,15 @@ def study_of(notebook):
     "The code of the study, and the file of its results; None where there is no study."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    code = "\n".join(source for source in sources if source.startswith(MARK))
+    own = [source for source in sources if _bare(source).startswith(MARK)]
+    code = "\n".join(own)
     named = re.search(r'^experiment\("(.+?)"\)', "\n".join(sources), re.M)
     return (code, Path(named[1])) if code and named else None
+
+
+def _bare(source):
+    "A cell without the directives at its top."
+    return re.sub(r"\A(#\|.*\n)*", "", source)
 
 
 def main(notebook, minutes="inf"):
