@@ -39,7 +39,7 @@ class DPI(nn.Module):
     net: nn.Module; lam: Any      # declared for type checkers, as are the methods below
     theta: Callable[..., tuple]; freeze_at: Callable[..., nn.Module]
     plan: Callable[..., str]; param_groups: Callable[..., list[dict]]
-    weigh: Callable[..., Tensor]
+    weigh: Callable[..., Tensor]; scalars: int
 
     def __init__(self,
         net: nn.Module,  # the network f; holds θ⁰ from now on
