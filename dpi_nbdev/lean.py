@@ -92,7 +92,7 @@ class GainsPart(Part):
         self.rate = 10. if curves == 1 else 3.
         self.places, fresh = {}, {}
         for name in names:
-            p, layer = net.get_parameter(name), net.get_submodule(name.rpartition(".")[0])
+            p, layer = _owned(net, name)
             self.places[name] = place = _Place.of(layer, p)
             n = p.numel() if p.ndim < 2 else place.channels
             zeros = torch.zeros(self.count, n, dtype=p.dtype, device=p.device)
@@ -115,6 +115,10 @@ class GainsPart(Part):
 
     def mixing(self, name, p):   # operations
         return 2 * self.count * self.places[name].channels + p.numel()
+
+def _owned(net, name):
+    "A parameter and its layer."
+    return net.get_parameter(name), net.get_submodule(name.rpartition(".")[0])
 
 def _change(delta, w):
     "Σ_k w_k Δ_k, (C,) or (B, C), in float32 or wider."
@@ -166,8 +170,8 @@ def _at_least_one(name, n):
 def _only_copies(kind, init):
     if init != "copy": raise ValueError(_NO_START.format(init, kind))
 
-_NOTHING_HIDDEN = ("gains go to norms and to hidden convolutions and linear layers, and {}"
-                   " has none that are known: name parameters with select, or use"
+_NOTHING_HIDDEN = ("gains go to norms and to hidden convolutions and linear layers, and"
+                   " {} has none that are known: name parameters with select, or use"
                    " sets=Full(2)")
 _NO_START = "init={!r} is for full sets; {!r} starts at the network as it is"
 
@@ -203,7 +207,7 @@ class LowRankPart(Part):
         self.names, self.count, self.shapes = names, count, {}
         down, up = {}, {}
         for name in names:
-            p, layer = net.get_parameter(name), net.get_submodule(name.rpartition(".")[0])
+            p, layer = _owned(net, name)
             if p.ndim < 2:
                 up[name] = _parameter(p, count, p.numel())
                 continue
@@ -240,8 +244,8 @@ def _parameter(like, *size):
     zeros = torch.zeros(size, dtype=like.dtype, device=like.device)
     return nn.Parameter(zeros, like.requires_grad)
 
-_RANK = ("rank {} is larger than any layer's, of which the largest has {}: use a smaller"
-         " one, or sets=Full(2)")
+_RANK = ("rank {} is larger than any layer's, of which the largest has {}: use a"
+         " smaller one, or sets=Full(2)")
 
 # %% ../nbs/05_lean.ipynb #9699d87e
 @dataclass(frozen=True)
@@ -282,7 +286,9 @@ class _Factors:
         # reshape, not view: kernels may lie channels-last.
         g, w = self.groups, self.each(w).to(a.dtype)[..., None, None, :]
         match self.kind:
-            case "conv": left, right = b.reshape(g, -1, b.shape[1]), a.reshape(g, b.shape[1], -1)
+            case "conv":
+                inner = b.shape[1]
+                left, right = b.reshape(g, -1, inner), a.reshape(g, inner, -1)
             case "turned":
                 inner = len(a) // g
                 left = a.reshape(g, inner, -1).transpose(1, 2)
@@ -300,10 +306,14 @@ class _Factors:
             along = (-1, *ones) if self.kind in ("conv", "turned") else (*ones, -1)
             return h * w.view(len(w), *along).to(h.dtype)
         match self.kind:
-            case "turned": return run(x, p) + run(weighted(conv(x, a, groups=self.groups)), b)
+            case "turned":
+                h = weighted(conv(x, a, groups=self.groups))
+                return run(x, p) + run(h, b)
             case "conv" if self.groups == 1:
                 # One convolution for W and A: it is one pass over x.
                 y, h = run(x, torch.cat([p, a])).split([len(p), len(a)], 1)
                 return y + conv(weighted(h), b)
-            case "conv": return run(x, p) + conv(weighted(run(x, a)), b, groups=self.groups)
+            case "conv":
+                h = weighted(run(x, a))
+                return run(x, p) + conv(h, b, groups=self.groups)
             case _: return run(x, p) + F.linear(weighted(run(x, a)), b)

@@ -264,7 +264,8 @@ def _cheapest(layer, held, w, x):
     known = linear or isinstance(layer, _CONVS)
     if x.ndim < 2 or not known or len(x) != len(w.each): return "beside"
     parts = [part for added in held.added.values() for part, _, _ in added]
-    if "weight" not in held.added or all(part.is_light for part in parts): return "beside"
+    light = all(part.is_light for part in parts)
+    if "weight" not in held.added or light: return "beside"
     size, turned = layer.weight.numel(), getattr(layer, "transposed", False)
     before = x.numel() / x.shape[-1 if linear else 1]         # positions in the input
     stride = 1 if linear else prod(layer.stride)
