@@ -35,7 +35,8 @@ class GroupNorm32(nn.GroupNorm):
     ) -> Tensor:        # the same shape and dtype
         wide = torch.promote_types(x.dtype, torch.float32)
         gain, shift = (p if p is None else p.to(wide) for p in (self.weight, self.bias))
-        return F.group_norm(x.to(wide), 32, gain, shift, self.eps).to(x.dtype)
+        y = F.group_norm(x.to(wide), self.num_groups, gain, shift, self.eps)
+        return y.to(x.dtype)
 
 LAYER_RULES[GroupNorm32.forward] = norm_rule   # DPI: a gain and a shift for each sample
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['torch_flops', 'paper_flops', 'paper_rows', 'LiveBytes', 'training_step', 'peak_memory', 'time_rounds',
            'relative_times', 'Cost', 'cost_table', 'model_cost', 'cost_text', 'plot_cost', 'benchmark_ways',
-           'benchmark', 'machine_name', 'load_costs']
+           'sets_costs', 'benchmark', 'machine_name', 'load_costs']
 
 # %% ../nbs/32_cost.ipynb #d3d96cd8
 import copy, json, math, os, platform, statistics, time
@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import COLORS, atomic_write, figure_style
-from .conditioning import TMap, TimestepMLP, Unconditional
+from .conditioning import TMap, TimestepMLP, Unconditional, film
 from .dpi import DPI
+from .lean import Gains, LowRank
 from .sets import interpolate
 from .drunet import DRUNet
 from .adm import ADM
@@ -334,28 +335,35 @@ def benchmark_ways(
     path,             # the JSON file to write
     rounds: int = 7,  # of timing
     compiled: bool = True,  # also under torch.compile, which takes minutes
-) -> dict:            # what was written: facts, and network -> way -> ratio to plain
-    "Times a training step in every way of running, on one thread, and writes ratios."
+) -> dict:            # what was written: facts, and ratios for each network
+    """What ways of running and kinds of sets cost, on one thread, as ratios. Under
+    "steps": way -> forward and backward, times the plain network's. Under "sets": kind
+    -> see sets_costs. Under "sampling": that of two full sets."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    digits, pixels = torch.randn(64, 1, 8, 8), torch.randn(64, 3, 32, 32)
-    adm = dict(n_blocks=1, attention_at=(4,), head_channels=32, image_size=8)
-    networks = {
-        "DRUNet (24, 64, 128), 8×8": (DRUNet(1, 1, (24, 64, 128), 2), digits),
-        "ADM (32, 64), 8×8": (ADM(1, 1, 32, (1, 2), **adm), digits),
-        "DRUNet (16, 32, 64), 32×32": (DRUNet(3, 3, (16, 32, 64), 1), pixels)}
     facts = dict(date=date.today().isoformat(), machine=machine_name("cpu"), threads=1,
                  torch=torch.__version__, batch=64, rounds=rounds)
-    facts |= dict(steps={}, sampling={})
-    for name, (net, x) in networks.items():
-        calls = {k: _backward(f) for k, f in _ways(net, x, compiled).items()}
+    facts |= dict(steps={}, sampling={}, sets={})
+    for name, (make, x) in _networks().items():
+        calls = {k: _backward(f) for k, f in _ways(make(), x, compiled).items()}
         times = relative_times(calls, rounds)
         facts["steps"][name] = {k: ratio for k, (_, ratio) in times.items()}
-        facts["sampling"][name] = _sampling_ratio(net, x[:16], rounds)
+        facts["sets"][name] = found = sets_costs(make, x, rounds)
+        facts["sampling"][name] = found["full"]["sampling"]
         with atomic_write(path) as tmp: tmp.write_text(json.dumps(facts, indent=1))
     torch.set_num_threads(threads)
     return facts
+
+def _networks():
+    "name -> (a function that makes it, with more input channels if asked; images)."
+    digits, pixels = torch.randn(64, 1, 8, 8), torch.randn(64, 3, 32, 32)
+    adm = dict(n_blocks=1, attention_at=(4,), head_channels=32, image_size=8)
+    small, large = (24, 64, 128), (16, 32, 64)
+    return {
+        "DRUNet (24, 64, 128), 8×8": (lambda more=0: DRUNet(1 + more, 1, small, 2), digits),
+        "ADM (32, 64), 8×8": (lambda more=0: ADM(1 + more, 1, 32, (1, 2), **adm), digits),
+        "DRUNet (16, 32, 64), 32×32": (lambda more=0: DRUNet(3 + more, 3, large, 1), pixels)}
 
 def _backward(f):
     "A function that runs `f`, forward and backward."
@@ -402,14 +410,54 @@ def _parametrized(net):
             parametrize.register_parametrization(module, name, Mix(p))
     return net
 
-def _sampling_ratio(net, x, rounds, steps=20):
-    "Time of sampling with DPI against sampling with the plain network."
-    model = DPI(copy.deepcopy(net)).eval()
-    plain = Unconditional(copy.deepcopy(net)).eval()
+# %% ../nbs/32_cost.ipynb #0966eb38
+def sets_costs(
+    make,         # make(more) -> a network with `more` further input channels
+    x: Tensor,    # (B, C, H, W), the images of a training step
+    rounds: int,  # of timing; 0: memory and parameters only
+) -> dict:        # kind -> ratios: parameters, step, memory, memory on shapes, sampling
+    """What each kind of sets costs with a scalar for each sample. Steps are in units of
+    the t map's, the rest in units of the network that is not told its scalar."""
+    each = torch.arange(len(x)) * 999 // max(len(x) - 1, 1)
+    rows = {kind: model(make) for kind, model in _KINDS.items()}
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    found = {"parameters": {k: count(model) for k, model in rows.items()}}
+    here = {k: _peak(copy.deepcopy(model), x, each) for k, model in rows.items()}
+    shapes = {k: _peak(*_shapes(model, x, each)) for k, model in rows.items()}
+    found |= {"memory": here, "memory on shapes": shapes}
+    if rounds:
+        steps = {k: training_step(copy.deepcopy(model), x, each)
+                 for k, model in rows.items()}
+        calls = {k: (lambda halves=halves: [half() for half in halves])
+                 for k, halves in steps.items()}
+        found["step"] = {k: ratio for k, (_, ratio) in relative_times(calls, rounds).items()}
+        found["sampling"] = _sampling(rows, x[:16], rounds)
+    units = {what: 1 if what in ("step", "sampling") else values["plain"]
+             for what, values in found.items()}
+    return {k: {what: values[k] / units[what] for what, values in found.items()}
+            for k in rows}
+
+_KINDS = {   # kind -> model of a network that `make` makes
+    "t map": lambda make: TMap(make(1)), "plain": lambda make: Unconditional(make()),
+    "gains, 1 curve": lambda make: DPI(make(), sets=Gains(1)),
+    "gains, 4 curves": lambda make: DPI(make(), sets=Gains(4)),
+    "film": lambda make: film(make()),
+    "low rank, r = 8": lambda make: DPI(make(), sets=LowRank(8)),
+    "full": lambda make: DPI(make())}
+
+def _peak(*row):
+    "Bytes of a training step."
+    halves = training_step(*row)
+    return peak_memory(lambda: [half() for half in halves], row[1].device)
+
+def _sampling(rows, x, rounds, steps=20):
+    "kind -> time of sampling, in units of the network that is not told its scalar."
     process, quiet = VPDiffusion(), dict(progress=False)
-    calls = {"plain": lambda: ddim(plain, process, x, steps, **quiet),
-             "DPI": lambda: ddim(model, process, x, steps, **quiet)}
-    return relative_times(calls, rounds)["DPI"][1]
+    first = ["plain", *(k for k in rows if k != "plain")]
+    models = {k: rows[k].eval() for k in first}
+    calls = {k: (lambda model=model: ddim(model, process, x, steps, **quiet))
+             for k, model in models.items()}
+    return {k: ratio for k, (_, ratio) in relative_times(calls, rounds).items()}
 
 # %% ../nbs/32_cost.ipynb #5ce490d3
 _GPU_MODES = {"float32": {}, "bfloat16": dict(autocast=torch.bfloat16), "bfloat16, compiled": dict(autocast=torch.bfloat16, compile={}),

@@ -104,17 +104,18 @@ class GainsPart(Part):
     def mix(self, name, p, values, w, out=None):  # w: (K,), or (B, K) for B at once
         "The parameter `name`, which is `p` in θ⁰, at weights `w`."
         change, lead = _change(values[0], w), w.shape[:-1]
-        if p.ndim < 2: total = p + change.view(*lead, *p.shape)
-        else: total = p * self.places[name].spread(1 + change, p.shape)
-        return total.to(p.dtype) if out is None else out.copy_(total)
+        if p.ndim < 2: how, by = torch.add, change.view(*lead, *p.shape)
+        else: how, by = torch.mul, self.places[name].spread(1 + change, p.shape)
+        return how(p, by).to(p.dtype) if out is None else how(p, by, out=out)
 
     def outputs(self, name, run, x, p, values, w):  # run(x, weight) -> output
         "The layer's output, with each sample's gains."
         y, gain = run(x, p), 1 + _change(values[0], w)
         return y * self.places[name].beside(gain, y).to(y.dtype)
 
-    def mixing(self, name, p):   # operations
-        return 2 * self.count * self.places[name].channels + p.numel()
+    def mixing(self, name, p):   # operations, a matrix product counting 2 for each
+        channels = (2 * self.count + 1) * self.places[name].channels
+        return channels + (p.numel() if p.ndim > 1 else 0)
 
 def _owned(net, name):
     "A parameter and its layer."
@@ -127,7 +128,7 @@ def _change(delta, w):
 
 def _full_precision(device):
     "A context that autocast does not reach into."
-    low = torch.is_autocast_enabled(device)
+    low = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if low else nullcontext()
 
 # %% ../nbs/05_lean.ipynb #61cfe9ee
@@ -236,9 +237,10 @@ class LowRankPart(Part):
         "The layer's output, and what the small layers beside it add."
         return self.shapes[name].outputs(run, x, p, *values, w)
 
-    def mixing(self, name, p):   # operations
-        inner = self.count * (self.shapes[name].rank if p.ndim > 1 else 1)
-        return (2 * inner + 1) * p.numel()
+    def mixing(self, name, p):   # operations, a matrix product counting 2 for each
+        if p.ndim < 2: return (2 * self.count + 1) * p.numel()
+        inner = self.count * self.shapes[name].rank
+        return (2 * inner + 1) * p.numel() + inner * len(p)   # B is weighted first
 
 def _parameter(like, *size):
     zeros = torch.zeros(size, dtype=like.dtype, device=like.device)

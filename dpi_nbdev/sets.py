@@ -172,7 +172,10 @@ def deep_copy(
 
 def _kept(net):
     "How many tensors its modules hold beside parameters and buffers."
-    return sum(isinstance(v, Tensor) for m in net.modules() for v in vars(m).values())
+    own = (vars(m)[k] for m in net.modules() for k in vars(m).keys() - _COMMON)
+    return sum(isinstance(v, Tensor) for v in own)
+
+_COMMON = vars(nn.Module()).keys()   # what every module has
 
 class NotCopied(RuntimeError):
     "A network of which there is no copy."

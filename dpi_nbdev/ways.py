@@ -264,8 +264,7 @@ def _cheapest(layer, held, w, x):
     known = linear or isinstance(layer, _CONVS)
     if x.ndim < 2 or not known or len(x) != len(w.each): return "beside"
     parts = [part for added in held.added.values() for part, _, _ in added]
-    light = all(part.is_light for part in parts)
-    if "weight" not in held.added or light: return "beside"
+    if "weight" not in held.added: return "beside"
     size, turned = layer.weight.numel(), getattr(layer, "transposed", False)
     before = x.numel() / x.shape[-1 if linear else 1]         # positions in the input
     stride = 1 if linear else prod(layer.stride)
@@ -274,9 +273,11 @@ def _cheapest(layer, held, w, x):
     rows = before if turned else after
     more = sum(v.numel() for _, values, _ in held.added["weight"] for v in values)
     price = {"beside": 2 * rows * more + TOUCH["beside"] * y}
-    if w.sizes is not None:
+    light = all(part.is_light for part in parts)
+    if w.sizes is not None and not light:
         price["groups"] = len(w.sizes) * (CALL + EACH * size) + TOUCH["groups"] * y
-    if _own_is_possible(layer, held, x):
+    # Copied into plain order first, a cheap way is cheap no more.
+    if _own_is_possible(layer, held, x) and (x.is_contiguous() or not light):
         price["own"] = OWN * size * len(x) + TOUCH["own"] * (x.numel() + y)
     return min(price, key=price.get)
 
@@ -299,6 +300,7 @@ def norm_rule(layer, held, w, x):
     "A normalisation: normalises once, then each sample has its own gain and shift."
     each = w.beside(x)
     own = {n: p for n, p in layer._parameters.items() if p is not None}
+    if _stands_alone(layer, own, x, each): return _in_one_pass(layer, held, each, own, x)
     with _lent(layer, dict.fromkeys(own)): y = type(layer).forward(layer, x)
     last = isinstance(layer, (nn.LayerNorm, nn.RMSNorm))   # parameters of the last axes
     def of_samples(name):
@@ -308,6 +310,21 @@ def norm_rule(layer, held, w, x):
                           *([] if last else ones))
     if "weight" in own: y = y * of_samples("weight")
     return y + of_samples("bias") if "bias" in own else y
+
+def _in_one_pass(layer, held, each, own, x):
+    "A group norm with the samples as channels, each of which has its gain and shift."
+    flat = {n: held.mix(n, each).expand(len(x), -1).flatten() for n in own}
+    groups = layer.num_groups
+    layer.num_groups = groups * len(x)
+    try:
+        with _lent(layer, flat): y = type(layer).forward(layer, _side_by_side(x))
+    finally: layer.num_groups = groups
+    return y.view_as(x)
+
+def _stands_alone(layer, own, x, each):
+    "Is it a group norm on memory that can be looked at as one sample of many channels?"
+    plain = isinstance(layer, nn.GroupNorm) and len(x) == len(each) > 0 and own
+    return plain and x.is_contiguous() and not torch.compiler.is_compiling()
 
 # %% ../nbs/03_ways.ipynb #7aba84b0
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
