@@ -130,10 +130,15 @@ class Part:
     def __call__(self, x, s):
         low = torch.float16 if self.precision == "fp16" else torch.bfloat16
         with torch.autocast(x.device.type, low) if self.precision != "fp32" else nullcontext():
-            y = self.model(x[self.rows], s if s.ndim == 0 else s[self.rows])
+            y = self.model(x[self.rows], _scalars_of(self.rows, s, len(x)))
         if y.dtype in (torch.float16, torch.bfloat16): y = y.float()
         if len(y) == len(x): return y
         return F.pad(y, (0, 0) * (y.ndim - 1) + (self.rows.start, len(x) - self.rows.stop))
+
+def _scalars_of(rows, s, n):
+    "Those of some rows of a batch of n; one for the whole batch is for each of them."
+    if isinstance(s, (tuple, list)): return tuple(_scalars_of(rows, v, n) for v in s)
+    return s[rows] if isinstance(s, Tensor) and s.ndim and len(s) == n else s
 
 # %% ../nbs/31_training.ipynb #4c0143e7
 class Run:
