@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpi_nbdev import DPI, LinearLambda
-from dpi_nbdev.cost import Cost, LiveBytes, benchmark, cost_table, cost_text, load_costs, model_cost, paper_flops, paper_rows, torch_flops
+from dpi_nbdev import DPI, Full, Gains, LinearLambda, LowRank
+from dpi_nbdev.cost import Cost, LiveBytes, benchmark, cost_table, cost_text, load_costs, model_cost, paper_flops, paper_rows, sets_costs, torch_flops
 
 GROWTH = """
 import os, resource, torch
@@ -132,3 +132,72 @@ def test_rows_and_text(tmp_path):
     facts, tables = load_costs(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text()) == made and list(tables["drunet, float32"]) == ["no scalar", "DPI"]
     assert set(facts) == {"date", "machine", "threads", "torch", "batch", "size", "rounds", "command", "allocator"}
+
+
+def two_layers():
+    "Two 3x3 convolutions from 4 to 4 channels, the first of which is hidden."
+    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+@pytest.mark.parametrize("sets, more", [
+    # The kernels have 144 numbers; a matrix product counts 2 for each multiply-add.
+    (Full(2), 2 * 4 * (144 + 4)),
+    (Full(3), 2 * 8 * (144 + 4)),
+    (Gains(1), (2 * 4 + 4 + 144) + (2 * 4 + 4)),      # the hidden kernel, its bias
+    (Gains(4), (8 * 4 + 4 + 144) + (8 * 4 + 4)),
+    (LowRank(2), 2 * ((2 * 2 + 1) * 144 + 2 * 4) + 2 * 3 * 4),
+    (LowRank(2, curves=3), 2 * ((2 * 6 + 1) * 144 + 6 * 4) + 2 * 7 * 4),
+])
+def test_mixing_lean_sets_counts_as_worked_out_by_hand(sets, more):
+    net, x = two_layers(), torch.zeros(2, 4, 8, 8)
+    plain = paper_flops(net, x)
+    assert plain == 2 * (2 * 4 * 36 * 36 + 2 * 4 * 16 * 36)
+    assert paper_flops(DPI(net, sets=sets), x, 300) - plain == more
+    assert paper_flops(DPI(two_layers(), sets=sets), x, torch.arange(2)) is None
+
+
+def test_a_scalar_for_each_sample_counts_what_runs():
+    x, s = torch.zeros(2, 4, 8, 8), torch.arange(2)
+    plain = torch_flops(two_layers(), x)
+    more = lambda sets, device: torch_flops(
+        DPI(two_layers(), sets=sets).to(device), x.to(device), s) - plain
+    # Gains follow the outputs: lambda times gains and lambda times shifts.
+    for device in ("cpu", "meta"): assert more(Gains(3), device) == 2 * 2 * (2 * 3 * 4)
+    # Shapes alone: A, B beside the layers' 36 and 16 pixels; and the biases.
+    bias = 2 * (2 * 2 * 4)
+    beside = 2 * 2 * (36 + 16) * (2 * 36 + 4 * 2)
+    assert more(LowRank(2), "meta") == beside + bias
+    # On a CPU kernels this small are made for each sample instead: B A, twice.
+    assert more(LowRank(2), "cpu") == 2 * 2 * (2 * 2 * 144) + bias
+
+
+def test_lean_sets_in_a_table():
+    x, s = torch.zeros(8, 4, 8, 8), torch.arange(8)
+    kinds = {"full": Full(2), "low rank": LowRank(2), "gains": Gains(4)}
+    rows = {"plain": (two_layers(), x, None)}
+    rows |= {k: (DPI(two_layers(), sets=kind), x, s) for k, kind in kinds.items()}
+    table = cost_table(rows, rounds=1)
+    lam = 4 * 999
+    assert table["gains"].parameters == table["plain"].parameters + 4 * (4 + 4) + lam
+    assert all(len(c.update) == 1 and c.peak > 0 for c in table.values())
+    assert table["plain"].peak < table["gains"].peak
+
+
+def test_group_norms_gains_keep_nothing_more():
+    "A gain and a shift for each sample, in the norm's own pass."
+    net = lambda: nn.Sequential(*[m for _ in range(6)
+                                  for m in (nn.Conv2d(32, 32, 1), nn.GroupNorm(8, 32), nn.SiLU())])
+    x, s = torch.zeros(16, 32, 16, 16), torch.arange(16)
+    plain = model_cost(net(), x, rounds=0).peak
+    gains = model_cost(DPI(net(), sets=Gains(1)), x, s, rounds=0).peak
+    one_map = 4 * x.numel()
+    assert gains - plain < one_map
+
+
+def test_gains_on_large_maps_keep_nothing_more():
+    "Kernels for each sample are made on a CPU, and outputs are not kept."
+    net = lambda: nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                                                nn.Conv2d(8, 8, 3, padding=1)) for _ in range(5)])
+    found = sets_costs(lambda more=0: nn.Sequential(nn.Conv2d(8 + more, 8, 1), net()),
+                       torch.zeros(16, 8, 32, 32), 0)
+    assert found["gains, 4 curves"]["memory"] < 1.1 < found["gains, 4 curves"]["memory on shapes"]
