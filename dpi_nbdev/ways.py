@@ -535,8 +535,9 @@ def run(
 ):
     "f at the parameters of each sample (eq. 2)."
     if way == "shared":
-        w = weigh(s[:1]).sum(0)   # an empty batch has no row: the sum is 0
-        theta = sets.at(w)
+        w = weigh(s[:1])
+        # An empty batch has no row, and no need of a weight.
+        theta = sets.at(w[0] if len(w) else w.new_zeros(sets.count))
         return inputs.call(lambda *args, **kwargs: sets.run(theta, args, kwargs))
     if way == "vmap": return run_vmap(sets, Weights(weigh(s)), inputs)
     hidden = torch.compiler.is_compiling() or s.is_meta

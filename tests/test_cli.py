@@ -174,7 +174,7 @@ def test_an_experiment_in_a_file_and_a_dry_run(tmp_path):
     (("dpi_train", "twice.yaml"), "'twice.yaml': size is given twice"),
     (("dpi_train", "binary.yaml"), "'binary.yaml': "),
     (("dpi_train", "drunet-dpi-vp", "--size", "0"), "size must be a whole number, at least 1"),
-    (("dpi_train", "drunet-dpi-vp", "--data", "pictures", "--size", "16", "--n-held-out", "2"), "of 1 image one must be left"),
+    (("dpi_train", "drunet-dpi-vp", "--data", "pictures", "--size", "16", "--n-held-out", "2"), "n_held_out must be from 0 to 0"),
     (("dpi_train", "drunet-dpi-vp", "--data", "pictures", "--size", "16", "--n-held-out", "0", "--out", "pictures/run"), "lies among the images"),
     (("dpi_cost", "vgg"), "must be"),
     (("dpi_cost", "drunet", "--batch", "0"), "at least 1"),

@@ -107,10 +107,10 @@ def test_the_most_important_runs_of_all_studies_come_first(tiny, tmp_path):
 def test_a_run_that_fails_does_not_stop_the_others(tiny, tmp_path):
     ways = {"drunet-flow": ("ncsnv2", "t-map")}  # the first cannot be built for a flow
     plan = replace(PLAN, main=ways, others={}, seeds=1, n_samples=0)
-    with pytest.raises(RuntimeError, match="failed, and left .*ncsnv2-flow--steps--0.txt"):
+    with pytest.raises(RuntimeError, match="failed, and left .*ncsnv2-flow--time--0.txt"):
         run({"a": plan}, tmp_path)
     assert names(tmp_path / "a") == ["drunet-t-map-flow--steps--0"]
-    reason = (tmp_path / "a" / "drunet-ncsnv2-flow--steps--0.txt").read_text()
+    reason = (tmp_path / "a" / "drunet-ncsnv2-flow--time--0.txt").read_text()
     assert "NCSNv2 divides" in reason
 
 
