@@ -74,11 +74,11 @@ class Contestant(NamedTuple):
 
 CONTESTANTS = dict(
     photo_map=Contestant("photos", "σ map", 0.47),
-    photo_gains=Contestant("photos", "DPI on gains", 0.405),
+    photo_gains=Contestant("photos", "DPI on gains", 0.425),
     t_map=Contestant("digits", "t map", 1.),
     gains=Contestant("digits", "DPI on gains", 0.885),
     film=Contestant("digits", "FiLM", 0.915),
-    dpi=Contestant("digits", "full DPI", 0.44))
+    dpi=Contestant("digits", "full DPI", 0.49))
 
 # %% ../nbs/49_demo.ipynb #7c9b8635
 def training_of(
@@ -565,10 +565,10 @@ def digits_sentence(
     time = time_words(results, name, rival)
     b = f"the {b}" if rival == "t_map" else b
     start = _compared(time, a, b, _does("digits"), -sign_of(d))
-    if not sign_of(d): return f"{start}: ε-MSE {d['mean']:+.4f} ± {d['se']:.4f}."
+    if not sign_of(d): return f"{start}: ε-MSE {d['mean']:+.5f} ± {d['se']:.5f}."
     way = "lower" if share < 0 else "higher"
     return (f"{start}: its ε-MSE is {abs(share):.1%} {way} "
-            f"({d['mean']:+.4f} ± {d['se']:.4f}).")
+            f"({d['mean']:+.5f} ± {d['se']:.5f}).")
 
 def photos_sentence(results: dict) -> str:
     "The same of photographs."
