@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 
+from .core import is_whole
+
 # %% ../nbs/19_draws.ipynb #32172512
 DRAWS = "uniform", "stratified", "low_discrepancy", "decreasing", "importance"
 _MEMORYLESS = DRAWS[:4]   # the ways of draw_unit; the last one is a class, below
@@ -41,15 +43,11 @@ _UNKNOWN = ("how must be 'uniform', 'stratified', 'low_discrepancy' or 'decreasi
 _SAMPLES = "n must be a whole number of samples, at least 1; got {!r}"
 _GROUPS = "groups must be a whole number that divides the {} samples; got {!r}"
 
-def _whole(v):
-    "Is `v` a whole number, at least 1?"
-    return isinstance(v, int) and not isinstance(v, bool) and v >= 1
-
 def _values(n, groups):
     "How many values to draw for `n` samples in `groups`. Raises `ValueError`."
-    if not _whole(n): raise ValueError(_SAMPLES.format(n))
+    if not is_whole(n): raise ValueError(_SAMPLES.format(n))
     k = n if groups is None else groups
-    if not _whole(k) or n % k: raise ValueError(_GROUPS.format(n, groups))
+    if not is_whole(k) or n % k: raise ValueError(_GROUPS.format(n, groups))
     return k
 
 # %% ../nbs/19_draws.ipynb #30365f42
@@ -68,7 +66,7 @@ class ImportanceDraws:
         uniform: float = 0.05,  # share of the draws that stays uniform, in (0, 1]
         rate: float = 0.05,     # least share of a memory that news replace, in (0, 1]
     ):
-        if not _whole(bins): raise ValueError(_BINS.format(bins))
+        if not is_whole(bins): raise ValueError(_BINS.format(bins))
         for name, v in (("uniform", uniform), ("rate", rate)):
             if not 0 < v <= 1: raise ValueError(_SHARE.format(name, v))
         self.bins, self.uniform, self.rate = bins, uniform, rate

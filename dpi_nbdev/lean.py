@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from .core import is_whole
 from .sets import Part, bare_modules, select_parameters
-from .ways import LAYER_RULES, norm_rule
+from .ways import LAYER_RULES, along, norm_rule
 
 # %% ../nbs/05_lean.ipynb #cd199b8e
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,8 +66,8 @@ class Gains:
     ) -> Part:
         "The gains. Raises `ValueError` or `TypeError`."
         _only_copies(self, init)
-        names = hidden_parameters(net) if select is None else None
-        if names is None: names = select_parameters(net, select)
+        names = hidden_parameters(net) if select is None else (
+            select_parameters(net, select))
         if not names: raise ValueError(_NOTHING_HIDDEN.format(type(net).__name__))
         if self.shifts: names = _with_biases(net, names)
         return GainsPart(net, names, self.curves, scalars)
@@ -111,7 +112,7 @@ class GainsPart(Part):
     def outputs(self, name, run, x, p, values, w):  # run(x, weight) -> output
         "The layer's output, with each sample's gains."
         y, gain = run(x, p), 1 + _change(values[0], w)
-        return y * self.places[name].beside(gain, y).to(y.dtype)
+        return y * along(gain, y, self.places[name].output).to(y.dtype)
 
     def mixing(self, name, p):   # operations, a matrix product counting 2 for each
         channels = (2 * self.count + 1) * self.places[name].channels
@@ -159,14 +160,8 @@ class _Place:
         own = own.expand(*lead, self.groups, shape[0] // self.groups, -1)
         return own.reshape(*lead, *shape[:2], *[1] * (len(shape) - 2))
 
-    def beside(self, gain, y):
-        "(B, channels) shaped to multiply the output."
-        ones = [1] * (y.ndim - 2)
-        return gain.view(len(gain), *((-1, *ones) if self.output == 1 else (*ones, -1)))
-
 def _at_least_one(name, n):
-    whole = isinstance(n, int) and not isinstance(n, bool)
-    if not (whole and n >= 1): raise ValueError(f"{name} must be 1 or more, got {n!r}")
+    if not is_whole(n): raise ValueError(f"{name} must be 1 or more, got {n!r}")
 
 def _only_copies(kind, init):
     if init != "copy": raise ValueError(_NO_START.format(init, kind))
@@ -216,7 +211,7 @@ class LowRankPart(Part):
             a, b = shape.sizes(p)
             up[name] = _parameter(p, *b)
             down[name] = _parameter(p, *a)
-            bound = down[name][0].numel()**-0.5 if a[0] else 1.
+            bound = down[name][0].numel()**-0.5
             nn.init.uniform_(down[name], -bound, bound)
         widest = max((f.full for f in self.shapes.values()), default=0)
         if rank > widest: raise ValueError(_RANK.format(rank, widest))
@@ -303,10 +298,8 @@ class _Factors:
         "The layer's output for w (B, K); `run` is the layer with a weight."
         w = self.each(w).repeat(1, self.groups)
         conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}.get(a.ndim)
-        def weighted(h):
-            ones = [1] * (h.ndim - 2)
-            along = (-1, *ones) if self.kind in ("conv", "turned") else (*ones, -1)
-            return h * w.view(len(w), *along).to(h.dtype)
+        axis = 1 if self.kind in ("conv", "turned") else -1
+        weighted = lambda h: h * along(w, h, axis).to(h.dtype)
         match self.kind:
             case "turned":
                 h = weighted(conv(x, a, groups=self.groups))

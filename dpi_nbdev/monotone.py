@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .core import as_scalar, figure_style, uncompiled
+from .core import as_scalar, figure_style, is_whole, uncompiled
 
 # %% ../nbs/01_monotone.ipynb #bcd687f4
 class _Lambda(nn.Module):
@@ -82,7 +82,7 @@ class MonotoneLambda(_Lambda):
         if endpoints not in ("exact", "paper"):
             raise ValueError(f'endpoints must be "exact" or "paper", got {endpoints!r}')
         for what, n, low in (("knots", n_knots, 2), ("curves", curves, 1)):
-            if not isinstance(n, int) or isinstance(n, bool) or n < low:
+            if not is_whole(n, low):
                 raise ValueError(f"a λ needs at least {low} {what}, got {n!r}")
         self.n_knots, self.endpoints, self.curves = n_knots, endpoints, curves
         self.phi = nn.Parameter(_start(n_knots - (endpoints == "exact"), curves))
@@ -172,7 +172,7 @@ class Tents(_Lambda):
         s_max: float = 999,  # the last curve is 1 here
     ):
         super().__init__(s_min, s_max)
-        if not isinstance(curves, int) or isinstance(curves, bool) or curves < 2:
+        if not is_whole(curves, 2):
             raise ValueError(f"tents stand on at least 2 knots, got {curves!r}")
         self.curves = curves
 

@@ -19,6 +19,8 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 from fastcore.basics import patch
 
+from .core import is_whole
+
 # %% ../nbs/02_sets.ipynb #46699032
 def interpolate(
     theta0: Tensor,  # value at λ = 0
@@ -206,8 +208,7 @@ class Full:
     n: int = 2   # at least 2: θ⁰ and n - 1 more, evenly spaced along λ
 
     def __post_init__(self):
-        whole = isinstance(self.n, int) and not isinstance(self.n, bool)
-        if not (whole and self.n >= 2): raise ValueError(_TOO_FEW_SETS.format(self.n))
+        if not is_whole(self.n, 2): raise ValueError(_TOO_FEW_SETS.format(self.n))
 
     @property
     def curves(self): return 1
@@ -365,7 +366,7 @@ def run(self:ParameterSets,
 @patch
 @torch.no_grad()
 def freeze(self:ParameterSets,
-    w: Tensor,                      # (1,)
+    w: Tensor,                      # (K,)
     into: nn.Module | None = None,  # what an earlier call returned, to be mixed again
 ) -> nn.Module:
     "A plain network with the mixed parameters; it shares nothing with this one."

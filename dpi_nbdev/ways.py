@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'CALL', 'EACH', 'OWN', 'TOUCH', 'AT_ONCE', 'LAYER_RULES', 'AFFINE', 'METADATA', 'Inputs', 'counts',
-           'flat_output', 'Weights', 'Held', 'affine_rule', 'norm_rule', 'two_set_layers', 'run_layers', 'name_of',
-           'uses_batch', 'run_vmap', 'run_groups', 'run']
+           'flat_output', 'Weights', 'Held', 'affine_rule', 'along', 'norm_rule', 'two_set_layers', 'run_layers',
+           'name_of', 'uses_batch', 'run_vmap', 'run_groups', 'run']
 
 # %% ../nbs/03_ways.ipynb #7bba47e1
 from contextlib import contextmanager, nullcontext
@@ -222,7 +222,7 @@ def affine_rule(layer, held, w, x, *args):
         else:
             lam, second = each[:, 0].to(layer.weight.dtype), sets[0]["weight"]
             y = _OwnKernels.apply(x, layer.weight, second, lam, _settings(layer))
-        return y if layer.bias is None else y + _along(y, held.mix("bias", each), 1)
+        return y if layer.bias is None else y + along(held.mix("bias", each), y, 1)
     return _beside(layer, held, each, x, lambda x: forward(x, *args))
 
 def _convolved(x, layer, held, each):
@@ -233,7 +233,7 @@ def _convolved(x, layer, held, each):
     wide = torch.convolution(_side_by_side(x), kernels, None, **settings)
     return wide.reshape(len(x), -1, *wide.shape[2:])
 
-def _along(y, v, axis):
+def along(v, y, axis):
     "`v` (B or 1, C), shaped to meet axis `axis` of `y`: the channels, 1 or -1."
     ones = [1] * (y.ndim - 2)
     return v.view(len(v), *((-1, *ones) if axis == 1 else (*ones, -1)))
@@ -247,16 +247,22 @@ def _beside(layer, held, each, x, forward):
         return blend(outputs, each)
     bias = layer._parameters.get("bias")
     unbiased = {} if bias is None else {"bias": None}
-    def run(x, weight):
-        with _lent(layer, {"weight": weight, **unbiased}): return forward(x)
-    added, name = held.added.get("weight", []), held.names.get("weight")
-    totals = [part.outputs(name, run, x, layer.weight, values, each[:, span])
-              for part, values, span in added]
-    total = totals[0] if len(totals) == 1 else run(x, layer.weight)
-    if len(totals) > 1: total = total + sum(more - total for more in totals)
+    plain = []   # the output of θ⁰ alone, which several parts may ask for
+    weight, name = layer.weight, held.names.get("weight")
+    def run(v, value):
+        if value is weight and plain: return plain[0]
+        with _lent(layer, {"weight": value, **unbiased}): y = forward(v)
+        if value is weight: plain.append(y)
+        return y
+    totals = [part.outputs(name, run, x, weight, values, each[:, span])
+              for part, values, span in held.added.get("weight", [])]
+    if len(totals) == 1: total = totals[0]
+    else:
+        total = y = run(x, weight)
+        for more in totals: total = total + (more - y)
     if bias is None: return total
     axis = 1 if isinstance(layer, _CONVS) else -1
-    return total + _along(total, held.mix("bias", each), axis).to(total.dtype)
+    return total + along(held.mix("bias", each), total, axis).to(total.dtype)
 
 def _cheapest(layer, held, w, x):
     "Which of the three ways is cheapest, by shapes alone."

@@ -396,3 +396,11 @@ def test_ncsnv2_is_what_the_paper_says_and_nothing_of_t():
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert all(torch.equal(model(x, t), -model.net(x)) for t in (0, 1, 499.5, 999))
+
+
+def test_a_model_saved_before_there_were_kinds_of_sets_is_rebuilt():
+    from dpi_nbdev.build import _describe, _rebuild
+    model = build_model("drunet", "dpi", in_channels=1, widths=(8, 16), n_blocks=1)
+    note = _describe(model)
+    old = {k: v for k, v in note.items() if k != "sets"} | dict(select=note["sets"][0]["names"])
+    assert repr(_rebuild(old)) == repr(model) == repr(_rebuild(note))

@@ -10,6 +10,7 @@ from torch import nn
 from dpi_nbdev import (DPI, DRUNet, Full, Gains, LinearLambda, LowRank, MonotoneLambda,
                        Tents, build_model, check_exact, film, load_model, param_groups,
                        save_model)
+from dpi_nbdev import ways
 from dpi_nbdev.core import seeded
 from dpi_nbdev.lean import hidden_parameters
 from dpi_nbdev.training import TrainSettings, train
@@ -137,7 +138,8 @@ def inputs_of(name):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("curves", [1, 3])
 @pytest.mark.parametrize("kind, formula", [(Gains, gained), (LowRank, low_rank)])
-def test_each_equals_the_plain_network_with_the_mixed_state_dict(name, curves, kind, formula):
+def test_each_equals_the_plain_network_with_the_mixed_state_dict(
+        name, curves, kind, formula, monkeypatch):
     torch.manual_seed(0)
     sets = Gains(curves) if kind is Gains else LowRank(2, curves)
     model = stirred(DPI(NETS[name]().eval(), MonotoneLambda(s_min=0, s_max=1, curves=curves),
@@ -146,6 +148,14 @@ def test_each_equals_the_plain_network_with_the_mixed_state_dict(name, curves, k
     x, s = inputs_of(name), torch.tensor([0, 0.2, 0.2, 0.7, 1]).double()
     want = by_hand(model, x, s, formula)
     torch.testing.assert_close(model(x, s), want, rtol=1e-9, atol=1e-9)
+    cheapest = ways._cheapest
+    for how in ("beside", "groups", "own"):
+        def forced(layer, held, w, x):
+            own = how != "own" or ways._own_is_possible(layer, held, x)
+            fits = own and isinstance(layer, (*CONVS, *TURNED)) and "weight" in held.added
+            return how if fits and w.sizes else cheapest(layer, held, w, x)
+        monkeypatch.setattr(ways, "_cheapest", forced)
+        torch.testing.assert_close(model(x, s), want, rtol=1e-9, atol=1e-9)
     for i, v in enumerate(s):
         frozen = model.freeze_at(v)
         for n, p in model.theta()[0].items():
@@ -327,6 +337,8 @@ def test_kinds_of_sets_are_not_mixed_up():
                       (Tents(5), Gains(4)), (MonotoneLambda(curves=4), (Full(2), Gains(4)))):
         with pytest.raises(ValueError, match="needs a λ of"):
             DPI(net(), lam, sets=sets)(torch.randn(1, 1, 8, 8), 1.)
+    with pytest.raises(ValueError, match="needs a λ of 1 curve"):     # already when built
+        DPI(net(), MonotoneLambda(curves=2))
 
 
 @pytest.mark.parametrize("sets", [Gains(2), LowRank(2), (Full(2), Gains(2)), Full(3)])
@@ -344,3 +356,102 @@ def test_kernels_may_lie_channels_last(sets):
         torch.testing.assert_close(got, y)
         got.sum().backward()
     torch.testing.assert_close(model.freeze_at(300.)(x), want[1])
+
+
+def test_parts_that_share_a_layer_share_its_plain_run():
+    from dpi_nbdev.cost import torch_flops
+    torch.manual_seed(0)
+    net = lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x, s = torch.zeros(3, 4, 8, 8, device="meta"), torch.arange(3, device="meta")
+    count = lambda model: torch_flops(model.to("meta"), x, s)
+    full, both = count(DPI(net())), count(DPI(net(), sets=(Full(2), Gains(2))))
+    once = 2 * 3 * 36 * 8 * 4 * 9        # the gained layer, on three samples
+    assert full <= both < full + once / 10
+
+
+@pytest.mark.parametrize("sets, init, complaint", [
+    ((Gains(1), Gains(2)), "copy", "names a kind twice"), ((), "copy", "sets must be"),
+    (Gains, "copy", "sets must be"), (LowRank(2), "fresh", "is for full sets"),
+    (Full(3), ["copy"], "1 start")])
+def test_what_makes_no_sense_is_refused(sets, init, complaint):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        DPI(net, sets=sets, init=init)
+    with pytest.raises(ValueError, match="no λ at all"):
+        DPI(net, [])
+
+
+def test_kinds_may_have_selections_and_starts_of_their_own():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+    model = DPI(net, sets=(Full(2), Gains(1)), init="fresh",
+                select={Full: "2.*", Gains: "0.weight"})
+    full, gains = model.sets.parts
+    assert full.names == ["2.weight", "2.bias"] and gains.names == ["0.weight", "0.bias"]
+    assert not torch.equal(full.trees[0].get_parameter("2.weight"), net[2].weight)
+
+
+@pytest.mark.parametrize("sets", [Gains(2), LowRank(2), Full(3), (Full(2), Gains(1))])
+def test_a_network_is_mixed_again_in_place_as_it_was_mixed_first(sets):
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+        model = stirred(DPI(net, sets=sets)).to(dtype)
+        kept = model.freeze_at(300.)
+        assert model.freeze_at(700., into=kept) is kept
+        for p, q in zip(kept.parameters(), model.freeze_at(700.).parameters()):
+            assert p.dtype == dtype and torch.equal(p, q)
+
+
+@pytest.mark.parametrize("sets", [Gains(2), LowRank(2)])
+def test_autocast_does_not_reach_into_the_mixing(sets):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = stirred(DPI(net, sets=sets)).float()
+    w = model.weigh(torch.tensor([[300.]]))[0]
+    plain = model.sets.at(w)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.sets.at(w)
+    for name, p in plain.items():
+        torch.testing.assert_close(low[name], p, rtol=1e-6, atol=1e-6)
+
+
+def test_a_small_layer_gets_its_own_rank():
+    model = DPI(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)),
+                sets=LowRank(4))
+    shapes = {n: tuple(p.shape) for n, p in model.down.named_parameters()}
+    assert shapes == {"0.weight": (4, 4, 3, 3), "2.weight": (1, 8, 3, 3)}
+
+
+@pytest.mark.parametrize("sets, formula", [(Gains(2), gained), (LowRank(2, 2), low_rank)])
+def test_what_lean_sets_do_not_know_is_mixed_also_where_nothing_is_compared(sets, formula):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.PReLU(6), nn.Linear(6, 4))
+    model = stirred(DPI(net, sets=sets, select="*", check=False))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    s = torch.tensor([0, 200., 200, 700, 999]).double()
+    assert model.plan(s) == "vmap"
+    torch.testing.assert_close(model(x, s), by_hand(model, x, s, formula))
+
+
+def test_how_a_gained_layer_runs_depends_on_its_shape_and_layout():
+    layer = nn.Conv2d(4, 4, 3)
+    further = ways.ParameterSets(layer, [Gains(2).make(layer, "weight")]).further()
+    held = ways.Held(layer, {leaf: leaf for leaf in further}, further)
+    shared = ways.Weights.of_groups(torch.rand(2, 2), [32, 32])
+    large, small = torch.ones(64, 4, 32, 32), torch.ones(64, 4, 3, 3)
+    assert ways._cheapest(layer, held, shared, large) == "own"
+    assert ways._cheapest(layer, held, shared, small) == "beside"     # groups never pay
+    last = large.to(memory_format=torch.channels_last)
+    assert ways._cheapest(layer, held, shared, last) == "beside"
+
+
+def test_a_group_norm_is_as_it_was_and_keeps_the_order_of_pixels():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 4)
+    model = stirred(DPI(norm, sets=Gains(2)))
+    x, s = torch.randn(3, 4, 5, 5, dtype=torch.float64), torch.tensor([1., 300, 999])
+    want = by_hand(model, x, s.double(), gained)
+    for order in (torch.contiguous_format, torch.channels_last):
+        y = model(x.to(memory_format=order), s.double())
+        torch.testing.assert_close(y, want)
+        assert norm.num_groups == 2 and y.is_contiguous(memory_format=order)
