@@ -40,9 +40,9 @@ WAYS = {   # name -> what it changes in the experiment "dpi" with two full sets
     "dpi": {}, "dpi-linear": dict(lam="linear"),
     "dpi-fresh": dict(net=dict(init="fresh")),
     "dpi-one-s": dict(groups=1), "dpi-two-s": dict(groups=2),
-} | {k: dict(sets=k) for k in ("gains-1", "gains-4", "gains-8", "low-rank-4",
-                               "low-rank-8", "full+gains-4")}
-MAIN = ("t-map", "film", "dpi", "gains-1", "gains-4")   # on several seeds
+} | {k: dict(sets=k) for k in ("gains-1", "gains-4", "gains-8", "gains-16",
+                               "low-rank-4", "low-rank-8", "full+gains-4")}
+MAIN = ("t-map", "film", "dpi", "gains-1", "gains-4", "gains-16")  # several seeds
 
 # %% ../nbs/52_tables.ipynb #5a2e0002
 @dataclass(frozen=True)
