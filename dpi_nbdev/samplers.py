@@ -53,7 +53,7 @@ class GaussianMixture:
         _, data, score = self.answers(x, s)
         a, b = _numbers(self.process.coefs, s)
         if self.kind == "velocity":
-            da, db = _numbers(self.process.rates, s)
+            da, db = _numbers(self.process.coef_rates, s)
             y = da * data - db * b * score
         elif self.kind == "v": y = -a * b * score - b * data
         else: y = dict(eps=-b * score, score=score).get(self.kind, data)

@@ -113,7 +113,7 @@ def reverse_diffusion(
 ) -> Callable:       # ε(s), a function of one number
     "The ε with which `sample_sde` is the process's own noising SDE run backwards, `|b b' - b² a'/a|`; β/2 for VP. Infinite, hence an error, where there is no signal."
     def epsilon(s):
-        (a, b), (da, db) = ([float(c) for c in f(s, torch.zeros(1, dtype=torch.float64))] for f in (process.coefs, process.rates))
+        (a, b), (da, db) = ([float(c) for c in f(s, torch.zeros(1, dtype=torch.float64))] for f in (process.coefs, process.coef_rates))
         if a == 0: raise ValueError(f"at s = {s:.6g} there is no signal, and the reverse SDE's noise is infinite; begin later, or take another diffusion")
         return abs(b * db - b**2 * da / a)
     return epsilon

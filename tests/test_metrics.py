@@ -154,7 +154,7 @@ def test_a_velocity_from_the_noise(process):
     "A point mass at 0.3: the perfect velocity has no error; a constant added to it shows as its square."
     data = torch.full((4, 1, 3, 3), 0.3, dtype=torch.float64)
     def perfect(x, s):
-        (a, b), (da, db) = process.coefs(s, x), process.rates(s, x)
+        (a, b), (da, db) = process.coefs(s, x), process.coef_rates(s, x)
         return da * 0.3 + db * (x - a * 0.3) / b
     s = [s for s in midpoints(process, 5)]
     assert velocity_mse(perfect, process, data, s, range(2), progress=False).max() < 1e-20

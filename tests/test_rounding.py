@@ -32,7 +32,7 @@ from dpi_nbdev.solvers import sample_ode, sample_sde
 from dpi_nbdev.training import TrainSettings, train
 
 VP, FLOW, QUIET = VPDiffusion(), FlowMatching(), dict(progress=False)
-NOTEBOOKS = ["24_likelihood", "26_generate"]  # the shortest that compare batches
+NOTEBOOKS = ["24_likelihood", "35_generate"]  # the shortest that compare batches
 
 
 @pytest.fixture(autouse=True)
