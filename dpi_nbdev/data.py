@@ -17,7 +17,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import seeded
+from .core import each, seeded
 from .files import ImageFiles, ImageSource, read_image, read_labels
 
 # %% ../nbs/30_data.ipynb #ac4825ab
@@ -438,40 +438,61 @@ def _open_files(source, size, channels, skip_broken, progress):
 
 # %% ../nbs/30_data.ipynb #c5dfcbe2
 class Batches:
-    "Random batches, each a function of its number. Raises `ValueError` or `TypeError` for what cannot be cut into batches."
+    """Random batches, each a function of its number. Raises `ValueError` or `TypeError`
+    for what cannot be cut into batches."""
     batch: Callable[..., Tensor]   # below; declared for type checkers
 
     def __init__(self,
-        data,              # (N, ...): a tensor, an ImageArray, or anything with a shape, a length, and `data[LongTensor]` that copies
-        batch_size: int,   # images a batch, over all ranks; at least 1, may exceed N
-        seed: int = 0,     # decides order and flips
+        data,                # (N, ...): a tensor, an ImageArray, or anything with a shape,
+                             # a length, and `data[LongTensor]` that copies; or a tuple of
+                             # them, equally long, such as images and labels
+        batch_size: int,     # samples a batch, over all ranks; at least 1, may exceed N
+        seed: int = 0,       # decides order and flips
         flip: bool = False,  # mirror each image left to right with probability 1/2
     ):
-        self.data, self.batch_size, self.seed, self.flip = data, _whole(batch_size, "batch_size"), _whole(seed, "seed"), flip
-        if self.batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not hasattr(data, "shape") or not len(data.shape) or not len(data):
-            raise ValueError(f"batches need data with at least one sample, got {tuple(data.shape) if hasattr(data, 'shape') else type(data).__name__}")
-        if not isinstance(flip, bool): raise TypeError(f"flip must be True or False, got {flip!r}")
-        if flip and len(data.shape) != 4: raise ValueError(f"only images (N, C, H, W) can be flipped, got shape {tuple(data.shape)}")
-        self._orders = {}
+        self.data, self.flip = data, flip
+        self.batch_size = _whole(batch_size, "batch_size")
+        self.seed = _whole(seed, "seed")
+        if self.batch_size < 1: raise ValueError(_BATCH.format(batch_size))
+        if not isinstance(flip, bool): raise TypeError(_FLIP.format(flip))
+        parts = data if isinstance(data, tuple) else (data,)
+        for part in parts:
+            shape = getattr(part, "shape", None)
+            if not shape or not len(part):
+                got = type(part).__name__ if shape is None else tuple(shape)
+                raise ValueError(_NO_DATA.format(got))
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(_LENGTHS.format(", ".join(f"{len(v):,}" for v in parts)))
+        if flip and len(parts[0].shape) != 4:
+            raise ValueError(_NO_FLIP.format(tuple(parts[0].shape)))
+        self.n, self._orders = len(parts[0]), {}
 
     def _order(self, epoch):
         "The permutation (N,) of an epoch; the last two are kept, since a batch can touch both."
         if epoch not in self._orders:
             if len(self._orders) > 1: del self._orders[min(self._orders)]
-            self._orders[epoch] = torch.randperm(len(self.data), generator=_generator(self.seed, epoch, 0))
+            order = torch.randperm(self.n, generator=_generator(self.seed, epoch, 0))
+            self._orders[epoch] = order
         return self._orders[epoch]
 
     def indices(self,
         step: int,   # number of the batch, from 0
     ) -> Tensor:     # (batch_size,) int64: which images
         "The images of batch number `step`, over all ranks."
-        if (step := _whole(step, "step")) < 0: raise ValueError(f"step must be at least 0, got {step}")
-        (epoch, at), parts, left = divmod(step * self.batch_size, len(self.data)), [], self.batch_size
+        if _whole(step, "step") < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        epoch, at = divmod(step * self.batch_size, self.n)
+        parts, left = [], self.batch_size
         while left:
             parts.append(self._order(epoch)[at:at + left])
             left, epoch, at = left - len(parts[-1]), epoch + 1, 0
         return torch.cat(parts)
+
+_BATCH = "batch_size must be at least 1, got {}"
+_FLIP = "flip must be True or False, got {!r}"
+_NO_DATA = "batches need data with at least one sample, got {}"
+_LENGTHS = "data in a tuple have a row for each sample; these have {} rows"
+_NO_FLIP = "only images (N, C, H, W) can be flipped, got shape {}"
 
 # %% ../nbs/30_data.ipynb #1baff7e9
 @patch
@@ -479,14 +500,23 @@ def batch(self: Batches,
     step: int,       # number of the batch, from 0
     rank: int = 0,   # which share, 0 to world - 1
     world: int = 1,  # number of equal shares; must divide batch_size
-) -> Tensor:         # (batch_size / world, ...), as data[...] gives it
-    "This rank's share of batch number `step`. Raises `ValueError` when the batch cannot be shared out evenly."
+) -> Tensor:         # (batch_size / world, ...), as data[...] gives it; or a tuple
+    """This rank's share of batch number `step`. Raises `ValueError` when the batch
+    cannot be shared out evenly."""
     if not 0 <= rank < world or self.batch_size % world:
-        raise ValueError(f"a batch of {self.batch_size} cannot be shared by {world} ranks (this is rank {rank}): the number of ranks must divide it")
+        raise ValueError(_UNEVEN.format(self.batch_size, world, rank))
     n = self.batch_size // world
     share = slice(rank * n, (rank + 1) * n)
-    x = self.data[self.indices(step)[share]]
+    rows = self.indices(step)[share]
+    x = each(lambda part: part[rows], self.data)
     if not self.flip: return x
-    coin = torch.rand(self.batch_size, generator=_generator(self.seed, step, 1))[share] < 0.5
-    for i in coin.nonzero().flatten().tolist(): x[i] = x[i].flip(-1)   # one by one, which is quicker: no second batch is made
+    coins = _generator(self.seed, step, 1)
+    flipped = torch.rand(self.batch_size, generator=coins)[share] < 0.5
+    for images in x if isinstance(x, tuple) else (x,):
+        if images.ndim != 4: continue     # labels have no left and right
+        # one by one, which is quicker: no second batch is made
+        for i in flipped.nonzero().flatten().tolist(): images[i] = images[i].flip(-1)
     return x
+
+_UNEVEN = ("a batch of {} cannot be shared by {} ranks (this is rank {}): the number of "
+           "ranks must divide it")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 
-from .core import as_scalar, randn_like
-from .diffusion import (Process, _batch, _floating, _same_shape,
-                                 checked_answer, told_or_drawn)
+from .core import randn_like
+from .diffusion import (
+    Process, _floating, _same_shape, _value_and_rate, check_process, checked_answer,
+    data_and_cond, prediction_kinds, told_or_drawn)
 from .draws import ImportanceDraws
 
 # %% ../nbs/20_flow.ipynb #ba8f57d6
@@ -30,14 +31,6 @@ def _decode(t): return torch.where(t > 0.5, (torch.pi * t).cos()**2, 0.)
 PATHS = {"linear": (_down, _up), "trigonometric": (_cos, _sin), "encoding-decoding": (_encode, _decode)}
 
 # %% ../nbs/20_flow.ipynb #f2e3a017
-def _value_and_rate(
-    f: Callable,  # a function of time, made of PyTorch operations, or one that gives several such
-    t: Tensor,    # (...), float64
-):                # f(t) and df/dt, each the shape of t, or tuples of them
-    "A function and its derivative at once, by forward-mode automatic differentiation."
-    with torch.inference_mode(False):
-        return torch.func.jvp(f, (t.detach().clone(),), (torch.ones_like(t),))
-
 def _check_curve(
     name: str,     # how messages call it
     f: Callable,   # a function of time
@@ -121,6 +114,7 @@ GAMMAS = {"none": _none, "bridge": _bridge, "parabola": _parabola, "sine": _sine
 class TwoSidedInterpolant(Process):
     "x_s = α(s)·x₀ + β(s)·x₁ + γ(s)·z, from data x₀ to data x₁. Raises `ValueError` for wrong ends, `TypeError` for no functions."
     s_min, s_max, noise_at, data_at, predicts, data = 0., 1., 0., 1., "velocity", "x1"
+    sides = 2
     def __init__(self,
         path="linear",     # "linear", "trigonometric", "encoding-decoding", or a pair (α, β) of functions of time
         gamma="parabola",  # "none", "bridge", "parabola", "sine", or a function of time
@@ -260,40 +254,43 @@ class FlowLoss:
     error: Callable[..., Tensor]   # below; declared for type checkers
 
     def __init__(self,
-        process: Process,            # FlowMatching, Interpolant or TwoSidedInterpolant
-        predicts: str = "velocity",  # "velocity" (the paper), "eps", "score", "x1"
-        antithetic: bool = False,    # mean over noise and its negative: two evaluations
-        draw="stratified",           # how times are drawn: one of DRAWS, or an object
-        groups: int | None = None,   # so many times a batch; None: one for each sample
+        process: Process,             # any: FlowMatching, Interpolant, one of your own, …
+        predicts: str | None = None,  # "velocity" (the paper), "eps", "score" or the data,
+                                      # "x1"; None: what the process says
+        antithetic: bool = False,     # mean over noise and its negative: two evaluations
+        draw="stratified",            # how times are drawn: one of DRAWS, or an object
+        groups: int | None = None,    # so many times a batch; None: one for each sample
     ):
-        two = isinstance(process, TwoSidedInterpolant)
-        if not two and not isinstance(process, Interpolant):
-            raise TypeError(_NO_INTERPOLANT.format(type(process).__name__))
-        kinds = ("velocity", "eps", "score") + ("x1",) * (not two)
+        check_process(process, "FlowLoss")
+        predicts = process.predicts if predicts is None else predicts
+        kinds = prediction_kinds(process)
         if predicts not in kinds:
             raise ValueError(_NOT_PREDICTED.format(process, _listed(kinds), predicts))
-        if two and not process.noisy and predicts != "velocity":
+        if process.sides == 2 and not process.noisy and predicts != "velocity":
             raise ValueError(_NO_NOISE.format(predicts))
         self.process, self.predicts, self.antithetic = process, predicts, antithetic
         self.draw = ImportanceDraws() if draw == "importance" else draw
         self.groups = groups
 
     def __call__(self,
-        model: Callable,                           # model(x, t) -> prediction, like x
-        x,                                         # data (B, ...); two-sided: a pair
+        model: Callable,                           # model(x, s, *cond) -> prediction
+        x,                                         # data (B, ...), two of them for two
+                                                   # sides; in a tuple with conditions
         generator: torch.Generator | None = None,  # for the times, then for the noise
         s=None,                                    # times, () or (B,); None: drawn
     ) -> tuple[Tensor, Tensor]:                    # loss, (); per-sample values, (B,)
         """Sets samples on the road and marks the model's answer. Raises `ValueError`
-        when that has another shape, or the batch is empty."""
-        first = x[0] if isinstance(x, (tuple, list)) else x
-        _batch(first)
+        when that has another shape, the batch is empty, or a condition has another
+        batch size."""
+        x, cond = data_and_cond(self.process, x)
+        first = x[0] if isinstance(x, tuple) else x
         s, count = told_or_drawn(self, s, first, generator)
         eps = randn_like(first, generator)
         noises = (eps, -eps) if self.antithetic else (eps,)
         errors = []
         for z in noises:
-            y = checked_answer(model, self.process.add_noise(x, z, s), s)
+            xt = self.process.add_noise(x, z, s)
+            y = checked_answer(model, xt, s, *cond)
             errors.append(self.error(y, x, z, s))
         error = (sum(errors) / len(noises)).reshape(len(first), -1).mean(1)
         per_sample = count.to(error) * error
@@ -304,13 +301,17 @@ class FlowLoss:
         "What learns from the losses: the draws, if they do."
         return self.draw if hasattr(self.draw, "learn") else None
 
+    @property
+    def held_out(self):
+        "The objective for held-out images: all parts of the range count the same."
+        return FlowLoss(self.process, self.predicts, self.antithetic)
+
     def __repr__(self):
         return (f"FlowLoss({self.process!r}, {self.predicts!r}, "
                 f"antithetic={self.antithetic}, draw={self.draw!r}, "
                 f"groups={self.groups})")
 
 _listed = lambda kinds: ", ".join(map(repr, kinds))
-_NO_INTERPOLANT = "FlowLoss needs an interpolant, got {}; VPDiffusion has DiffusionLoss"
 _NOT_PREDICTED = "for {!r} predicts must be one of {}; got {!r}"
 _NO_NOISE = "with gamma = 0 there is no noise to predict; got predicts={!r}"
 
@@ -325,7 +326,7 @@ def error(self: FlowLoss,
     "The squared error of each number in `y`, less what no model can change."
     p = self.process
     if self.predicts == "score": return (p.coefs(s, y)[-1] * y + eps).square()
-    if self.predicts == "velocity" and isinstance(p, TwoSidedInterpolant):
+    if self.predicts == "velocity" and p.sides == 2:
         rates = p.coef_rates(s, eps)
         still = rates[0] * x[0] + rates[1] * x[1]
         return (y - still).square() - 2 * rates[2] * eps * y

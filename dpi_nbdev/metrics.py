@@ -19,21 +19,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .core import randn_like, seeded
-from .diffusion import Process, checked_answer
+from .diffusion import Process, check_cond, checked_answer
 
 # %% ../nbs/40_metrics.ipynb #9466b0d4
 @torch.no_grad()
 def _errors(model, process, data, s, seeds, kind, batch_size, progress, desc):
     "Mean squared error of predictions of `kind`, (seeds, n) float64; the noise depends on seed and s alone."
-    data, s, seeds = _examination(process, data, s, seeds, batch_size)
+    data, cond, s, seeds = _examination(process, data, s, seeds, batch_size)
+    size = batch_size or len(data)
     out = torch.zeros(len(seeds), len(s), dtype=torch.float64)
     with _in_eval_mode(model), tqdm(total=out.numel(), desc=desc, disable=not progress) as bar:
         for i, seed in enumerate(seeds):
             for j, at in enumerate(s):
                 noise = randn_like(data, seeded(_noise_seed(seed, at)))
                 scalar = torch.tensor(at, dtype=torch.int64 if isinstance(at, int) else torch.float64)
-                for x, eps in zip(data.split(batch_size or len(data)), noise.split(batch_size or len(data))):
-                    answer = checked_answer(model, process.add_noise(x, eps, at), scalar)
+                for x, eps, *told in zip(*(v.split(size) for v in (data, noise, *cond))):
+                    xt = process.add_noise(x, eps, at)
+                    answer = checked_answer(model, xt, scalar, *told)
                     out[i, j] += _double(answer - process.target(x, eps, at, kind)).square().sum().cpu()
                 if not out[i, j].isfinite(): raise ValueError(f"the model's answer at s = {at:g} (seed {seed}) contains NaN or infinity")
                 bar.update()
@@ -47,8 +49,10 @@ def _noise_seed(seed, s):
 # %% ../nbs/40_metrics.ipynb #2002c502
 def _examination(process, data, s, seeds, batch_size):
     "Images, scalars and seeds, checked before the work begins."
-    if isinstance(data, (tuple, list)): raise TypeError(f"images are one tensor (N, ...), got {type(data).__name__}; the pairs of a two-sided interpolant have no error here")
+    if process.sides != 1: raise TypeError(_TWO_SIDED.format(process))
+    data, *cond = data if isinstance(data, (tuple, list)) else (data,)
     data, s, seeds = torch.as_tensor(data), _numbers_of(s), _numbers_of(seeds)
+    check_cond(cond, len(data))
     if data.ndim < 2 or data.numel() == 0: raise ValueError(f"the error needs at least one image, (N, ...); got shape {tuple(data.shape)}")
     if not data.is_floating_point(): raise TypeError(f"images must be floating, pixels in [-1, 1], got {data.dtype}: `from_bytes` makes them of bytes")
     if not bool(data.isfinite().all()): raise ValueError("the images contain NaN or infinity")
@@ -56,7 +60,9 @@ def _examination(process, data, s, seeds, batch_size):
     if not s or not seeds or not all(isinstance(v, int) and v >= 0 for v in seeds):
         raise ValueError(f"the error needs a list of scalars and a list of seeds, whole numbers from 0; got {s} and {seeds}")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1): raise ValueError(f"batch_size must be a whole number of images, at least 1; got {batch_size!r}")
-    return data, s, seeds
+    return data, cond, s, seeds
+
+_TWO_SIDED = "{!r} joins two data sets: what its pairs leave open is no error"
 
 def _numbers_of(v):
     "A list, range, array or tensor as a list of Python numbers; [] for anything else."
@@ -79,7 +85,8 @@ def _in_eval_mode(model):
 def eps_mse(
     model: Callable,                # model(x, s) -> predicted noise
     process: Process,               # how images are noised
-    x0: Tensor,                     # (N, C, H, W) held-out images, on the model's device
+    x0: Tensor,                     # (N, C, H, W) held-out images, on the model's device;
+                                    # or a tuple of them and what the model is told beside
     t: list,                        # scalars to examine, n of them; steps for VPDiffusion
     seeds=range(20),                # one set of noise a seed (paper: 20)
     progress: bool = True,          # show a progress bar
@@ -92,7 +99,8 @@ def eps_mse(
 def velocity_mse(
     model: Callable,                # model(x, s) -> predicted velocity dx/ds
     process: Process,               # FlowMatching, another Interpolant, or VPDiffusion
-    x1: Tensor,                     # (N, C, H, W) held-out images, on the model's device
+    x1: Tensor,                     # (N, C, H, W) held-out images, on the model's device;
+                                    # or a tuple of them and what the model is told beside
     s: list,                        # scalars to examine, n of them; times in [0, 1] for a flow
     seeds=range(20),                # one set of noise a seed (paper: 20)
     progress: bool = True,          # show a progress bar

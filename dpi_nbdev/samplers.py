@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from tqdm import tqdm
 
 from .core import randn_like
-from .dpi import DPI
+from .diffusion import check_cond
 from .sets import NotCopied
 
 # %% ../nbs/22_samplers.ipynb #8e4cb811
@@ -156,8 +156,12 @@ class Sampling:
         batch_size: int | None = None, # samples that go through the model at once; all if None
         progress: bool = True,         # show a progress bar
         callback: Callable | None = None,  # callback(s, x) is told of the start and of every state that follows
+        cond=(),                       # what the model takes beside x and s: labels (B,), or a tuple of tensors (B, ...)
     ):
         _check_start(x_start, batch_size)
+        cond = (cond,) if isinstance(cond, Tensor) else tuple(cond)
+        check_cond(cond, len(x_start))
+        self.cond = tuple(c.to(x_start.device) for c in cond)
         self.steps = timesteps(process, steps, spacing)
         self.process, self.x, self.callback, self.progress = process, x_start, callback, progress
         self.predicts = process.predicts if predicts is None else predicts
@@ -182,7 +186,8 @@ def ask(self: Sampling, x, s):
     "The model's answer about x at s, in the dtype of x."
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     net = self.at(torch.tensor(s, device=x.device, dtype=None if isinstance(s, int) else wide))
-    y = [net(part) for part in x.split(self.batch_size)]
+    parts = zip(*(v.split(self.batch_size) for v in (x, *self.cond)))
+    y = [net(*part) for part in parts]
     return _check_answer(y[0] if len(y) == 1 else torch.cat(y), x, f"{self.where} (s = {s:.6g})")
 
 @patch
@@ -231,13 +236,15 @@ def finish(self: Sampling, x):
 
 # %% ../nbs/22_samplers.ipynb #64f6799f
 def _at_one_scalar(model):
-    "at(s) -> the model at this scalar, a function of x alone. A DPI model is mixed into one plain network, once for each new s."
-    if not isinstance(model, DPI): return lambda s: lambda x: model(x, s)
+    """at(s) -> the model at this scalar, a function of x and what else it is told. One
+    that offers `freeze_at(s)`, as DPI does, becomes one plain network for each new s."""
+    if not hasattr(model, "freeze_at"):
+        return lambda s: lambda x, *cond: model(x, s, *cond)
     frozen = dict(s=None, net=None)
     def at(s):
         if frozen["net"] is None:
             try: frozen["net"] = model.freeze_at(s).requires_grad_(False)
-            except NotCopied: return lambda x: model(x, s)
+            except NotCopied: return lambda x, *cond: model(x, s, *cond)
         elif s != frozen["s"]: model.freeze_at(s, into=frozen["net"])
         frozen["s"] = s
         return frozen["net"]

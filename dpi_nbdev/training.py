@@ -22,10 +22,10 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .checkpoints import Checkpoints, alone_in, state_faults
-from .core import atomic_write, figure_style, image_grid, output_folder, seeded
+from .core import (
+    atomic_write, each, figure_style, image_grid, output_folder, seeded)
 from .data import Batches
 from .dpi import param_groups
-from .draws import draw_unit
 from .monotone import MonotoneLambda
 
 # %% ../nbs/31_training.ipynb #d89c83ce
@@ -121,33 +121,35 @@ class Part:
     "Stands in for `model` in an objective: answers for `rows` of the batch, zero elsewhere."
     def __init__(
         self,
-        model: Callable,          # model(x, s)
+        model: Callable,          # model(x, s, *cond)
         rows: slice,              # which samples of the batch
         precision: str = "fp32",  # of the forward pass
     ):
         self.model, self.rows, self.precision = model, rows, precision
 
-    def __call__(self, x, s):
+    def __call__(self, x, s, *cond):
+        own = lambda v: _own_rows(self.rows, v, len(x))
         low = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        with torch.autocast(x.device.type, low) if self.precision != "fp32" else nullcontext():
-            y = self.model(x[self.rows], _scalars_of(self.rows, s, len(x)))
+        full = self.precision == "fp32"
+        with nullcontext() if full else torch.autocast(x.device.type, low):
+            y = self.model(x[self.rows], own(s), *map(own, cond))
         if y.dtype in (torch.float16, torch.bfloat16): y = y.float()
         if len(y) == len(x): return y
         return F.pad(y, (0, 0) * (y.ndim - 1) + (self.rows.start, len(x) - self.rows.stop))
 
-def _scalars_of(rows, s, n):
-    "Those of some rows of a batch of n; one for the whole batch is for each of them."
-    if isinstance(s, (tuple, list)): return tuple(_scalars_of(rows, v, n) for v in s)
-    return s[rows] if isinstance(s, Tensor) and s.ndim and len(s) == n else s
+def _own_rows(rows, v, n):
+    "Some rows of what a batch of n is told; what is told once is for each of them."
+    if isinstance(v, (tuple, list)): return tuple(_own_rows(rows, w, n) for w in v)
+    return v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == n else v
 
 # %% ../nbs/31_training.ipynb #4c0143e7
 class Run:
     "A training run. `train` calls its methods; look there for their order."
     def __init__(
         self,
-        model: nn.Module,     # model(x, s); trained in place
+        model: nn.Module,     # model(x, s, *cond); trained in place
         objective: Callable,  # objective(model, x, generator) -> loss, values
-        data,                 # (N, C, H, W) in [-1, 1]; has len, shape and data[index]
+        data,                 # (N, C, H, W) in [-1, 1], or a tuple, as for `train`
         settings: TrainSettings,
     ):
         from accelerate import Accelerator
@@ -193,23 +195,30 @@ def _memory(objective):
 
 # %% ../nbs/31_training.ipynb #bf2c9c26
 @patch
-def batch(self: Run) -> Tensor:  # (B / ranks, C, H, W)
-    "This rank's images of the step, on its device."
+def batch(self: Run):  # (B / ranks, C, H, W), or a tuple of what the data hold
+    "This rank's samples of the step, on its device."
     x = self.batches.batch(self.step, self.rank, self.world)
-    return x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+    return each(lambda part: _moved(part, self.device), x)
+
+def _moved(x, device):
+    "On the device; images with their channels last."
+    if x.ndim != 4: return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=True, memory_format=torch.channels_last)
 
 @patch
 def gradients(self: Run,
-    x: Tensor,  # this rank's images, (B / ranks, C, H, W)
+    x,  # this rank's images, (B / ranks, C, H, W), or the tuple of `batch`
 ):
     """The gradient of the whole batch's loss, part by part, averaged over the ranks.
     Notes the loss, and lets the objective learn from it."""
     o, total = self.settings, 0.
     dropout = step_seed(o.seed, self.step, "dropout", self.rank)
     _set_global_generator(dropout, self.device)
-    start, size = self.rank * len(x), len(x) // o.accumulate
-    around = (start, o.batch_size - start - len(x))      # rows of the other ranks
-    whole = F.pad(x, (0, 0) * (x.ndim - 1) + around) if self.world > 1 else x
+    share = o.batch_size // self.world
+    start, size = self.rank * share, share // o.accumulate
+    around = (start, o.batch_size - start - share)       # rows of the other ranks
+    pad = lambda part: F.pad(part, (0, 0) * (part.ndim - 1) + around)
+    whole = each(pad, x) if self.world > 1 else x
     values = torch.zeros(o.batch_size, device=self.device)
     for i in range(o.accumulate):
         rows = slice(start + i * size, start + (i + 1) * size)
@@ -217,7 +226,7 @@ def gradients(self: Run,
         with nullcontext() if last else self.ranks.no_sync(self.shared):
             draws = seeded(step_seed(o.seed, self.step), self.device)
             answer = self.objective(Part(self.model, rows, o.precision), whole, draws)
-            loss, per_sample = _loss_and_parts(answer, whole)
+            loss, per_sample = _loss_and_parts(answer, o.batch_size)
             if size < o.batch_size: loss = per_sample[rows].mean()
             self.scaler.scale(loss / o.accumulate).backward()
         total = total + loss.detach() / o.accumulate
@@ -238,14 +247,14 @@ def tell(self: Run,
 # %% ../nbs/31_training.ipynb #a3f5832c
 def _loss_and_parts(
     answer,     # what an objective returned
-    x: Tensor,  # the images it was asked about, (B, C, H, W)
-) -> tuple:     # the loss, (), and its per-sample values, (B,)
+    n: int,     # samples it was asked about
+) -> tuple:     # the loss, (), and its per-sample values, (n,)
     "`answer`, if it is what an objective should return. Raises `TypeError` if not."
     shapes = [tuple(v.shape) for v in answer] if _are_tensors(answer) else None
-    if shapes == [(), (len(x),)]: return answer
+    if shapes == [(), (n,)]: return answer
     got = f"shapes {shapes}" if shapes else type(answer).__name__
     raise TypeError("an objective returns (loss, per-sample values), here of shapes "
-                    f"() and ({len(x)},); got {got}")
+                    f"() and ({n},); got {got}")
 
 def _are_tensors(answer):
     return isinstance(answer, tuple) and all(isinstance(v, Tensor) for v in answer)
@@ -300,42 +309,42 @@ def give_up(self: Run, what):
 @patch
 @torch.no_grad()
 def measure(self: Run,
-    held_out,  # (M, C, H, W) in [-1, 1], like the training data
+    held_out,  # (M, C, H, W) in [-1, 1], or a tuple, like the training data
 ) -> float:    # mean of the objective's per-sample values
     "The moving average's loss on held-out images, with fixed scalars and noise."
-    s = _fixed_scalars(self.objective, len(held_out))
-    total, chunks = torch.zeros((), dtype=torch.float64), _chunks(held_out)
+    chunks = _chunks(held_out)
+    total = torch.zeros((), dtype=torch.float64)
     for i in range(self.rank, len(chunks), self.world):
-        total += self._judge(held_out, chunks[i], i + 1, s).double().sum().cpu()
+        total += self._judge(held_out, chunks[i], i).double().sum().cpu()
     if self.world > 1:
         total = self.ranks.reduce(total.to(self.device, torch.float32), "sum")
-    return total.item() / len(held_out)
+    return total.item() / sum(map(len, chunks))
 
 @patch
 @torch.no_grad()
 def rehearse(self: Run,
-    held_out,  # (M, C, H, W) in [-1, 1]
+    held_out,  # as for `measure`
 ):
     "Measures the last images once: what cannot be measured fails here."
-    chunks, s = _chunks(held_out), _fixed_scalars(self.objective, len(held_out))
-    self._judge(held_out, chunks[-1], len(chunks), s)
+    chunks = _chunks(held_out)
+    self._judge(held_out, chunks[-1], len(chunks) - 1)
 
 @patch
-def _judge(self: Run, held_out, rows, seed, s):
+def _judge(self: Run, held_out, rows, chunk):
     "The per-sample values of some held-out images, (len(rows),)."
-    x = held_out[rows].to(self.device)
-    told = () if s is None else (s[rows].to(self.device),)
-    answer = self.objective(self.average.module, x, seeded(seed), *told)
-    return _loss_and_parts(answer, x)[1]
+    x = each(lambda part: part[rows].to(self.device), held_out)
+    objective = getattr(self.objective, "held_out", self.objective)
+    draws = seeded(chunk + 1, self.device)
+    answer = objective(self.average.module, x, draws)
+    return _loss_and_parts(answer, len(rows))[1]
 
 def _chunks(held_out):
     "The rows that are measured at a time: index tensors."
-    return list(torch.arange(len(held_out)).split(64))
+    return list(torch.arange(_length(held_out)).split(64))
 
-def _fixed_scalars(objective, n):
-    "`n` stratified scalars of the objective's process; None when it has none."
-    process = getattr(objective, "process", None)
-    return None if process is None else process.from_unit(draw_unit(n, seeded(0)))
+def _length(data):
+    "Samples, of data alone or in a tuple."
+    return len(data[0] if isinstance(data, tuple) else data)
 
 # %% ../nbs/31_training.ipynb #995c2308
 def describe(
@@ -355,11 +364,13 @@ def describe(
 @patch
 def about(self: Run) -> dict:  # strings, numbers and lists
     "What this run is: a checkpoint of anything else is not continued."
-    n = len(self.data)
-    some = self.data[torch.linspace(0, n - 1, min(16, n)).long()]
+    n = _length(self.data)
+    rows = torch.linspace(0, n - 1, min(16, n)).long()
+    seen = lambda part: f"{describe(part[rows])} of {tuple(part.shape)}"
+    data = each(seen, self.data)
     return asdict(self.settings) | dict(
         objective=describe(self.objective),
-        data=f"{describe(some)} of {tuple(self.data.shape)}")
+        data=data if isinstance(data, str) else ", ".join(data))
 
 @patch
 def faults(self: Run,
@@ -528,12 +539,13 @@ class Trained:
 
 # %% ../nbs/31_training.ipynb #74b56647
 def train(
-    model: nn.Module,        # model(x, s); trained in place, on its kind of device
+    model: nn.Module,        # model(x, s, *cond); trained in place, on its device
     objective: Callable,     # objective(model, x, generator) -> loss (), values (B,)
-    data,                    # (N, C, H, W) in [-1, 1]; has len, shape and data[index]
+    data,                    # (N, C, H, W) in [-1, 1]; has len, shape and data[index];
+                             # or a tuple: images and labels, or the ends of a bridge
     settings: TrainSettings = TrainSettings(),
     out=None,                # folder of checkpoints and log, continued; None: no files
-    held_out=None,           # (M, C, H, W): images for the held-out loss
+    held_out=None,           # (M, C, H, W), or a tuple: for the held-out loss
     watch=(),                # f(step, averaged model), after every step, first rank
     check_every: int = 500,  # steps between two held-out losses
     save_every: int = 500,   # steps between two checkpoints
@@ -549,7 +561,7 @@ def train(
     every = dict(log=_whole("log_every", log_every),
                  check=_whole("check_every", check_every),
                  save=_whole("save_every", save_every))
-    if held_out is not None and not len(held_out): raise ValueError(_NONE_HELD_OUT)
+    if held_out is not None and not _length(held_out): raise ValueError(_NONE_HELD_OUT)
     folder = None if out is None else Path(output_folder(out))/"checkpoints"
     store = folder and Checkpoints(folder, keep)
     run = Run(model, objective, data, settings)
