@@ -11,7 +11,6 @@ from typing import Any
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +19,30 @@ from .adm import ADM
 from .conditioning import (NCSNv2, SigmaMap, TimestepMLP, TMap, Unconditional,
                                    film)
 from .core import atomic_write, output_folder, sealed, unsealed
+from .diffusion import Process, VPDiffusion, check_process
 from .dpi import DPI
 from .drunet import DRUNet, OnesChannel, Padded
+from .flow import FlowMatching
 from .lean import Gains, LowRank
 from .monotone import LinearLambda, MonotoneLambda, PaperLambda, Tents
 from .sets import Full
 
 # %% ../nbs/27_build.ipynb #a849829c
-def _meaning(process, T) -> SimpleNamespace:
-    "What the scalar of `process` means: s_max, λ's knots, the t map's unit, the sinusoids' scale, and ᾱ (None for a flow)."
-    if not isinstance(T, int) or isinstance(T, bool) or T < 1: raise ValueError(f"T must be a whole number of steps, at least 1; got {T!r}")
-    flow = SimpleNamespace(s_max=1, knots=T, unit=1, scale=1000., alpha_bar=None)
-    if isinstance(process, str):
-        if process == "flow": return flow
-        if process != "vp": raise ValueError(f"process must be 'vp', 'flow' or a process object, got {process!r}")
-        alpha_bar = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
-    elif isinstance(alpha_bar := getattr(process, "alpha_bar", None), Tensor):
-        if T not in (1000, len(alpha_bar)): raise ValueError(f"T={T} and a process of {len(alpha_bar)} steps: leave T out, the process decides")
-    elif (getattr(process, "s_min", None), getattr(process, "s_max", None)) == (0, 1): return flow
-    else: raise ValueError(f"process must be 'vp', 'flow', or an object with a table alpha_bar or with s_min = 0 and s_max = 1; got {process!r}")
-    return SimpleNamespace(s_max=len(alpha_bar) - 1, knots=len(alpha_bar), unit=len(alpha_bar), scale=1., alpha_bar=alpha_bar)
+def _as_process(process) -> Process:
+    "The process that a name stands for. Raises `ValueError` for any other name."
+    if not isinstance(process, str):
+        check_process(process, "build_model")
+        return process
+    known = dict(vp=VPDiffusion, flow=FlowMatching)
+    if process not in known: raise ValueError(_NO_SUCH_PROCESS.format(process))
+    with torch.device("cpu"): return known[process]()    # also where models are "meta"
+
+def _tables(process) -> tuple:  # a and b, (T,) each, on the default device
+    "The shares of data and noise at all whole steps."
+    steps = torch.arange(process.T, dtype=torch.float64, device=process.device)
+    return tuple(v.to(torch.get_default_device()) for v in process.factors(steps))
+
+_NO_SUCH_PROCESS = "process must be 'vp', 'flow' or a process object, got {!r}"
 
 # %% ../nbs/27_build.ipynb #0b32670a
 def read_sets(
@@ -79,9 +82,9 @@ _UNKNOWN_KIND = "this version of dpi_nbdev knows no sets {!r}, only {}"
 def build_model(
     backbone: str,               # "drunet" or "adm"
     conditioning: str,           # "dpi", "film", "t_map", "sigma_map", "ncsnv2", "mlp" (ADM only) or "none"
-    process: Any = "vp",         # "vp": T steps, linear β from 1e-4 to 0.02; "flow": times in [0, 1]; or the process object itself
+    process: Any = "vp",         # "vp": 1000 steps, linear β; "flow": times in [0, 1];
+                                 # or the process itself
     lam: str = "learned",        # DPI's λ: "learned", "linear", or "paper", see PaperLambda
-    T: int = 1000,               # steps of "vp"; for a flow the number of λ's knots
     sets: str = "full",          # DPI's sets: "full", "gains-4" (on 4 curves), "low-rank-8", or "full+gains-4"
     init: str = "copy",          # DPI's second set: a "copy" of the first, or drawn "fresh"
     seed: int | None = None,     # of the initial weights; None: PyTorch's global generator
@@ -92,23 +95,26 @@ def build_model(
     kinds = read_sets(sets)
     _refuse(backbone, conditioning, lam, init, ones_channel)
     if conditioning != "dpi" and sets != "full": raise ValueError(_NO_SETS.format(conditioning))
-    scalar = _meaning(process, T)
-    _refuse_for(conditioning, scalar)
+    process = _as_process(process)
+    _refuse_for(conditioning, process)
     extra = (conditioning in ("t_map", "sigma_map")) + ones_channel
     with _drawn_from(seed):
         net = _backbone(backbone, conditioning == "mlp", extra, settings)
         if ones_channel: net = OnesChannel(net)
         match conditioning:
             case "none": return Unconditional(net)
-            case "ncsnv2": return NCSNv2(net, (1 - scalar.alpha_bar).sqrt())
-            case "t_map": return TMap(net, T=scalar.unit)
-            case "sigma_map": return SigmaMap(net, (scalar.alpha_bar / (1 - scalar.alpha_bar)).rsqrt())
-            case "mlp": return TimestepMLP(net, scale=scalar.scale)
-            case "film": return film(net, 0, scalar.s_max)
+            case "ncsnv2": return NCSNv2(net, _tables(process)[1])
+            case "t_map": return TMap(net, T=process.unit)
+            case "sigma_map":
+                a, b = _tables(process)
+                return SigmaMap(net, b / a)
+            case "mlp": return TimestepMLP(net, scale=process.scale)
+            case "film": return film(net, process.s_min, process.s_max)
         curves = sum(kind.curves for kind in kinds)
-        if lam == "linear": knots = LinearLambda(0, scalar.s_max)
-        elif lam == "paper": knots = PaperLambda(scalar.knots, 0, scalar.s_max)
-        else: knots = MonotoneLambda(scalar.knots, 0, scalar.s_max, curves=curves)
+        ends = process.s_min, process.s_max
+        if lam == "linear": knots = LinearLambda(*ends)
+        elif lam == "paper": knots = PaperLambda(process.knots, *ends)
+        else: knots = MonotoneLambda(process.knots, *ends, curves=curves)
         return DPI(net, knots, kinds, init=init)
 
 # %% ../nbs/27_build.ipynb #7094360d
@@ -149,9 +155,9 @@ def _refuse(backbone, conditioning, lam, init, ones_channel):
     if ones_channel and backbone != "drunet":
         raise ValueError("ones_channel gives the bias-free DRUNet a bias; ADM has biases in every layer")
 
-def _refuse_for(conditioning, scalar):
-    "Raises `ValueError` for a conditioning that makes no sense for this scalar."
-    if scalar.alpha_bar is not None: return
+def _refuse_for(conditioning, process):
+    "Raises `ValueError` for a conditioning that makes no sense for this process."
+    if hasattr(process, "T"): return
     if conditioning == "ncsnv2":
         raise ValueError("NCSNv2 divides a score by σ, and a flow predicts a velocity, not a score (Section 4.3 of the paper leaves it out); use 'none' for an unconditional network")
     if conditioning == "sigma_map":

@@ -57,13 +57,12 @@ def assert_same(a, b):
 @pytest.mark.parametrize("T", [2, 7, 100, 1000])
 def test_tables_are_those_of_the_process(T):
     process = VPDiffusion(T)
-    for how in ("vp", process):
-        given = dict(T=T) if how == "vp" else {}
-        assert torch.equal(build_model("drunet", "sigma_map", how, **given, **SMALL["drunet"]).sigma, process.sigma.float())
-        assert torch.equal(build_model("drunet", "ncsnv2", how, **given, **SMALL["drunet"]).std, (1 - process.alpha_bar).sqrt().float())
-        dpi = build_model("drunet", "dpi", how, **given, **SMALL["drunet"])
+    for how in (process, *["vp"] * (T == 1000)):
+        assert torch.equal(build_model("drunet", "sigma_map", how, **SMALL["drunet"]).sigma, process.sigma.float())
+        assert torch.equal(build_model("drunet", "ncsnv2", how, **SMALL["drunet"]).std, (1 - process.alpha_bar).sqrt().float())
+        dpi = build_model("drunet", "dpi", how, **SMALL["drunet"])
         assert (dpi.lam.n_knots, dpi.lam.s_min, dpi.lam.s_max) == (T, process.s_min, process.s_max)
-        assert build_model("drunet", "t_map", how, **given, **SMALL["drunet"]).T == T
+        assert build_model("drunet", "t_map", how, **SMALL["drunet"]).T == T
 
 
 def test_a_schedule_of_ones_own_is_taken_from_the_process():
@@ -71,8 +70,6 @@ def test_a_schedule_of_ones_own_is_taken_from_the_process():
     model = build_model("drunet", "sigma_map", process, **SMALL["drunet"])
     torch.testing.assert_close(model.sigma, process.sigma.float(), rtol=1e-6, atol=0)
     assert not torch.allclose(model.sigma, VPDiffusion(40).sigma.float(), rtol=0.1)
-    with pytest.raises(ValueError, match="T=30 and a process of 40 steps"):
-        build_model("drunet", "sigma_map", process, T=30)
 
 
 def test_a_seed_is_refused_where_it_would_not_decide(monkeypatch):
