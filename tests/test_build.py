@@ -182,7 +182,7 @@ from dpi_nbdev.build import load_model
 x = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
 torch.set_num_threads({torch.get_num_threads()})
 with torch.no_grad(): y = load_model({str(tmp_path)!r})(x, torch.tensor([3., 500.]))
-trains = [m for m in ("training", "diffusion", "flow", "data", "experiments") if "dpi_nbdev." + m in sys.modules]
+trains = [m for m in ("training", "samplers", "data", "experiments") if "dpi_nbdev." + m in sys.modules]
 print(hashlib.sha256(y.numpy().tobytes()).hexdigest(), *trains)
 """
     with torch.no_grad():
