@@ -119,6 +119,8 @@ def dpi_train(
     precision: str = None,       # of the forward pass: fp32, bf16 or fp16
     compile: bool = False,       # compile the model with torch.compile
     flip: bool = False,          # mirror images at random
+    labels: bool = False,        # tell the network the class of each image
+    drop_labels: float = None,   # share of labels hidden in training, for guidance
     seed: int = None,            # of weights, order, scalars and noise
     lam: str = None,             # DPI's λ, such as learned or linear
     draw: str = None,            # how scalars are drawn: stratified, importance, …
@@ -187,6 +189,10 @@ def dpi_sample(
     grid: str = None,        # also write a picture of the first 64 images to this file
     png: str = None,         # also write every image to this folder
     device: str = None,      # cpu, cuda or mps; a GPU if there is one
+    label: str = None,       # of a run with labels: 3, or 3,5,8 in turn; all in turn if not given
+    guidance: float = 1.,    # weight of the label: above 1 exaggerates it
+    rescale: float = 0.,     # of guidance: how much of the deviation is put back, 0 to 1
+    interval: str = None,    # LOW,HIGH: the scalars between which guidance acts
 ):
     "Samples a trained run: any number of images, on any number of ranks, resumable."
     import numpy as np
@@ -194,20 +200,54 @@ def dpi_sample(
     from dpi_nbdev.experiments import load_run
     from dpi_nbdev.generate import collect_samples, generate_samples, save_grid, save_pngs
     e, model, results, identity = load_run(run)
+    classes = results.get("classes")
     e = replace(e, sampler=sampler or e.sampler, sampler_steps=e.sampler_steps if steps is None else steps, n_samples=e.n_samples if n is None else n)
     device, out, rank, world = _device(device), Path(out or Path(run, "samples.npz")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if out.exists(): raise FileExistsError(f"{str(out)!r} exists already: give another file, or remove it")
     for folder in (png, grid and Path(grid).parent): folder and output_folder(folder)     # said now rather than after the work
     if grid and Path(grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise ValueError(f"grid must be a file that ends in .png, .jpg or .webp, got {grid!r}")
-    model, about = model.to(device), dict(sampler=e.sampler, steps=e.sampler_steps, model=identity)
-    draw = lambda x, streams: e.sample(model, x, streams, progress=False)
-    parts = generate_samples(draw, e.n_samples, tuple(results["shape"]), out, seed, batch_size, about, rank, world, device, progress=rank == 0)
+    about = dict(sampler=e.sampler, steps=e.sampler_steps, model=identity)
+    labels = _labels(label, classes, e.n_samples)
+    model, how = _guided(model.to(device), classes, guidance, rescale, interval)
+    draw = lambda x, streams, *y: e.sample(model, x, streams, progress=False, cond=y)
+    parts = generate_samples(draw, e.n_samples, tuple(results["shape"]), out, seed,
+                             batch_size, about | how, rank, world, device,
+                             progress=rank == 0, labels=labels)
     if rank: return
     while world > 1 and len(list(parts.glob("done-*"))) < -(-e.n_samples // batch_size): time.sleep(0.5)   # the other ranks are not through yet
     images = np.load(collect_samples(out))["arr_0"]
     if grid: save_grid(images[:64], grid, ncol=8)
     if png: save_pngs(images, png)
     print(f"{len(images):,} images of {images.shape[1]}×{images.shape[2]} in {out}")
+
+# %% ../nbs/53_cli.ipynb #c0d0a201
+def _labels(label, classes, n):
+    "Labels (n,) in turn, or None for a run without. Raises `ValueError`."
+    import torch
+    if classes is None:
+        if label is not None: raise ValueError(_NO_LABELS.format("label"))
+        return None
+    try: chosen = range(classes) if label is None else [*map(int, str(label).split(","))]
+    except ValueError: raise ValueError(_NOT_A_LABEL.format(label, classes - 1)) from None
+    if not all(0 <= y < classes for y in chosen):
+        raise ValueError(_NOT_A_LABEL.format(label, classes - 1))
+    return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+
+def _guided(model, classes, guidance, rescale, interval):
+    "The model with guidance, and what a sampling job notes of it."
+    from dpi_nbdev.guidance import Guided
+    if guidance == 1 and not rescale and interval is None: return model, {}
+    if classes is None: raise ValueError(_NO_LABELS.format("guidance"))
+    if interval is not None:
+        try: interval = [float(v) for v in interval.split(",")]
+        except ValueError: interval = []
+        if len(interval) != 2: raise ValueError(_NO_INTERVAL)
+    how = dict(guidance=guidance, rescale=rescale, interval=interval)
+    return Guided(model, guidance, classes, rescale, interval), how
+
+_NO_LABELS = "this run was trained without labels, so there is no --{}; see dpi_train --labels"
+_NOT_A_LABEL = "a label is a number from 0 to {1}, several are joined by commas; got {0!r}"
+_NO_INTERVAL = "interval is two scalars, LOW,HIGH, such as 100,800"
 
 # %% ../nbs/53_cli.ipynb #3efe1b03
 @command

@@ -21,13 +21,14 @@ from torch import nn, Tensor
 
 from .build import build_model, load_model, save_model
 from .checkpoints import alone_in
-from .core import atomic_write, output_folder, seeded
+from .core import atomic_write, each, output_folder, seeded
 from .cost import model_cost
 from .data import ImageSplit, load_images
 from .diffusion import DiffusionLoss, VPDiffusion
 from .draws import DRAWS, draw_unit
 from .flow import FlowLoss, FlowMatching
 from .generate import sample_streams
+from .guidance import DropLabels
 from .samplers import ddim, ddpm, dpm_solver, start_noise
 from .solvers import sample_ode, sample_sde
 from .training import Trained, TrainSettings, every, lambda_log, plot_lambda_log, sample_grid, train
@@ -51,6 +52,8 @@ class Experiment:
     sets: str = "full"             # DPI's second parameters: "full", "gains-4", …
     net: dict = field(default_factory=dict)  # of the backbone, without its channels
     data: str = ""                 # what to train on, as load_images takes it
+    labels: bool = False           # is the network told the class of each image?
+    drop_labels: float = 0.1       # share of them hidden in training, for guidance
     size: int = 64                 # side of the images in pixels
     n_held_out: int = 500          # images kept out of training, to report
     n_validation: int = 0          # images kept out of training, to choose
@@ -79,6 +82,10 @@ class Experiment:
             raise ValueError(_SAMPLER.format(self.sampler, fit, self.process))
         if self.sets != "full" and self.conditioning != "dpi":
             raise ValueError(_SETS.format(self.sets, self.conditioning))
+        if not isinstance(self.labels, bool):
+            raise ValueError(_ONE_OF.format("labels", "True, False", self.labels))
+        if not 0 <= self.drop_labels <= 1:
+            raise ValueError(f"drop_labels must be from 0 to 1; got {self.drop_labels!r}")
 
 _ONE_OF = "{} must be one of {}; got {!r}"
 _WHOLE = "{} must be a whole number, at least {}; got {!r}"
@@ -104,17 +111,23 @@ def make_process(self: Experiment):
     return VPDiffusion() if self.process == "vp" else FlowMatching()
 
 @patch
-def make_objective(self: Experiment):
+def make_objective(self: Experiment,
+    classes: int | None = None,   # in the data, if the network is told them
+):
     "The loss: ε-MSE for diffusion, velocity-MSE for a flow, as in the paper."
     loss = DiffusionLoss if self.process == "vp" else FlowLoss
-    return loss(self.make_process(), draw=self.draw, groups=self.groups or None)
+    loss = loss(self.make_process(), draw=self.draw, groups=self.groups or None)
+    if not self.labels or not self.drop_labels: return loss
+    return DropLabels(loss, _counted(classes), self.drop_labels)
 
 @patch
 def make_model(self: Experiment,
-    channels: int = 3,   # of the images
-) -> nn.Module:          # model(x, s) -> prediction; weights from the training seed
+    channels: int = 3,            # of the images
+    classes: int | None = None,   # in the data, if the network is told them
+) -> nn.Module:   # model(x, s), or model(x, s, y); weights from the training seed
     "The conditioned network."
     net = dict(in_channels=channels, out_channels=channels) | self.net
+    if self.labels: net |= dict(classes=_counted(classes))
     if self.sets != "full": net |= dict(sets=self.sets)
     return build_model(self.backbone, self.conditioning, self.process, lam=self.lam,
                        seed=self.training.seed, **net)
@@ -126,21 +139,28 @@ def make_data(self: Experiment) -> ImageSplit:
     return load_images(self.data, size=self.size, n_held_out=self.n_held_out,
                        n_validation=self.n_validation)
 
+def _counted(classes):
+    "The number of classes. Raises `ValueError` without one."
+    if classes is None: raise ValueError(_NO_CLASSES)
+    return classes
+
+_NO_CLASSES = "this network is told classes: say how many there are, classes=10"
 _NO_DATA = ("this experiment names no data: give a folder, a .zip, an .npy or .npz of "
             "images, or 'digits', 'photos', 'fashion' or 'berkeley'")
 
 @patch
 def sample(self: Experiment,
-    model: Callable,             # a trained model(x, s)
+    model: Callable,             # a trained model(x, s), or model(x, s, *cond)
     x_start: Tensor,             # standard normal noise, (B, C, H, W)
     streams: list | None = None, # a generator per image, for samplers that draw noise
     steps: int | None = None,    # sampler steps; the experiment's own if not given
     progress: bool = True,       # show a progress bar
+    cond=(),                     # labels (B,), if the model is told them
 ) -> Tensor:                     # images, shape of x_start
     "Samples with this experiment's sampler."
     sampler = SAMPLERS[self.sampler][1]
     return sampler(model, self.make_process(), x_start, steps or self.sampler_steps,
-                   generator=streams, progress=progress)
+                   generator=streams, progress=progress, cond=cond)
 
 # %% ../nbs/50_experiments.ipynb #d46d459c
 def to_yaml(
@@ -279,24 +299,35 @@ def run_experiment(
     save_every: int = 500,   # steps between two checkpoints
     progress: bool = True,   # show progress bars
 ) -> Trained:
-    "Trains and stores everything. Raises what `train` raises, `ValueError` when `out` holds another experiment or the images, and `OSError` for a full disk."
+    """Trains and stores everything. Raises what `train` raises, `ValueError` when `out`
+    holds another experiment or the images, or images have no labels where they are
+    wanted, and `OSError` for a full disk."""
     out, e = Path(out), experiment
-    if watch_every < 1: raise ValueError(f"watch_every must be a whole number of steps, at least 1; got {watch_every!r}")
+    if watch_every < 1: raise ValueError(_WATCH.format(watch_every))
     _refuse_others(out, e)
     data = e.make_data()
-    channels = data.train.shape[1]
-    model, objective = e.make_model(channels).to(device), e.make_objective()
-    objective(lambda x, s: torch.zeros_like(x), data.train[:1].expand(e.training.batch_size, -1, -1, -1), seeded(0))   # refuses draws that do not fit the batch
+    images, held_out, classes = _training_data(e, data)
+    shape = data.train.shape[1:]
+    model = e.make_model(shape[0], classes).to(device)
+    objective = e.make_objective(classes)
+    _rehearse(objective, images, e.training.batch_size)
     if _is_first_rank():
         with alone_in(output_folder(out)): _claim(out, e)   # not while another runs here
-    first = start_noise(16, (channels, e.size, e.size), sample_streams(e.training.seed, range(16))).to(device)
-    look = lambda model: e.sample(model, first, sample_streams(e.training.seed, range(16)), steps=min(50, e.sampler_steps), progress=False)
-    trained = train(model, objective, data.train, e.training, out=out, held_out=data.held_out[:2048] if len(data.held_out) else None, check_every=watch_every, save_every=save_every, progress=progress,
-                    watch=[every(watch_every, sample_grid(out / "samples", look)), every(max(1, watch_every // 4), lambda_log(out))], desc=out.name)
+    pictures = sample_grid(out / "samples", _look(e, shape, classes, device))
+    trained = train(
+        model, objective, images, e.training, out=out, held_out=held_out,
+        watch=[every(watch_every, pictures),
+               every(max(1, watch_every // 4), lambda_log(out))],
+        check_every=watch_every, save_every=save_every, progress=progress,
+        desc=out.name)
     if _is_first_rank():
         _save_model(out / "model", trained.model)
-        with atomic_write(out / "results.json") as tmp: tmp.write_text(json.dumps(_results(e, trained, data.train.shape[1:]), indent=1), encoding="utf-8")
+        results = json.dumps(_results(e, trained, shape, classes), indent=1)
+        with atomic_write(out / "results.json") as tmp:
+            tmp.write_text(results, encoding="utf-8")
     return trained
+
+_WATCH = "watch_every must be a whole number of steps, at least 1; got {!r}"
 
 # %% ../nbs/50_experiments.ipynb #b2625850
 def _refuse_others(out, e):
@@ -325,9 +356,9 @@ def _is_first_rank():
     "Is this the process that writes files?"
     return os.environ.get("RANK", "0") == "0"
 
-def _results(e, trained, shape):
+def _results(e, trained, shape, classes):
     "The numbers of a finished run."
-    return dict(shape=list(shape), experiment=json.loads(json.dumps(asdict(e))), environment=environment(), parameters=sum(p.numel() for p in trained.model.parameters()),
+    return dict(shape=list(shape), classes=classes, experiment=json.loads(json.dumps(asdict(e))), environment=environment(), parameters=sum(p.numel() for p in trained.model.parameters()),
                 loss=trained.losses[-100:].mean().item(), held_out=trained.held_out, seconds=trained.seconds)
 
 def environment() -> dict:
@@ -335,6 +366,42 @@ def environment() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(**{k: version(k) for k in ("dpi_nbdev", "torch", "numpy")}, python=platform.python_version(), system=platform.platform(),
                 processor=platform.processor() or platform.machine(), gpu=gpu, threads=torch.get_num_threads(), ranks=int(os.environ.get("WORLD_SIZE", "1")), date=time.strftime("%Y-%m-%d"))
+
+# %% ../nbs/50_experiments.ipynb #c0d0a101
+def _training_data(e, data):
+    "Images to train on and to hold out, with labels if wanted, and how many classes."
+    held_out = data.held_out[:2048]
+    if not e.labels: return data.train, held_out if len(held_out) else None, None
+    if data.train_labels is None: raise ValueError(_UNLABELLED.format(e.data))
+    labelled = held_out, data.held_out_labels[:2048]
+    images = data.train, data.train_labels
+    return images, labelled if len(held_out) else None, data.classes
+
+def _rehearse(objective, images, batch_size):
+    "Refuses draws that do not fit the batch, before anything is written."
+    whole = lambda part: part[:1].expand(batch_size, *part.shape[1:])
+    silent = lambda x, s, *cond: torch.zeros_like(x)
+    objective(silent, each(whole, images), seeded(0))
+
+def _look(e, shape, classes, device):
+    "draw(model) -> 16 images from a fixed start, classes in turn."
+    streams = lambda: sample_streams(e.training.seed, range(16))
+    first = start_noise(16, tuple(shape), streams()).to(device)
+    cond = torch.arange(16) % classes if e.labels else ()
+    steps = min(50, e.sampler_steps)
+    return lambda model: e.sample(model, first, streams(), steps, False, cond)
+
+class _OfOneClass(nn.Module):
+    "A model that is told class 0 of every image, to count what it costs."
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x, s):
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self.model(x, s, y)
+
+_UNLABELLED = ("{!r} has no labels: give images in sub-folders, one a class, an .npz with "
+               "arr_1, idx files, or leave labels out")
 
 # %% ../nbs/50_experiments.ipynb #3fca8267
 def load_run(
@@ -353,15 +420,21 @@ def load_run(
 def describe_run(
     experiment: Experiment,
     channels: int = 3,   # of the images
+    classes: int = 10,   # if the network is told them
 ) -> str:
-    "The model, its cost, the memory and the number of steps of a run, as text. Nothing is allocated."
+    """The model, its cost, the memory and the number of steps of a run, as text. Nothing
+    is allocated."""
     e, o = experiment, experiment.training
-    with torch.device("meta"): model, x = e.make_model(channels), torch.empty(o.batch_size // o.accumulate, channels, e.size, e.size)
+    with torch.device("meta"):
+        model = e.make_model(channels, classes)
+        x = torch.empty(o.batch_size // o.accumulate, channels, e.size, e.size)
+    if e.labels: model = _OfOneClass(model)
     s = e.make_process().from_unit(draw_unit(len(x), seeded(0)))
     step, one, n = model_cost(model, x, s[0] if e.groups == 1 else s, rounds=0), model_cost(model, x[:1], s[0], rounds=0), sum(p.numel() for p in model.parameters())
     return "\n".join(f"{k:22}{v}" for k, v in {
         "model": f"{e.backbone}, told by {e.conditioning}{' with a linear λ' * (e.lam == 'linear')}, {e.process}: {n:,} parameters",
         "data": f"{e.data or '(not named yet)'}, {e.size}×{e.size}, {channels} channel{'s' * (channels > 1)}, {e.n_held_out:,} held out",
+        **({"labels": f"{classes} classes, {e.drop_labels:.0%} hidden"} if e.labels else {}),
         "training": f"{o.steps:,} steps of {o.batch_size} images, {o.accumulate} part{'s' * (o.accumulate > 1)} a step on one rank: {o.steps * o.batch_size:,} images",
         "forward pass": f"{one.flops / 1e9:.2f} GFLOP an image with one scalar for the batch, {step.flops / len(x) / 1e9:.2f} as it is trained",
         "whole training": f"about {3 * step.flops / len(x) * o.steps * o.batch_size / 1e18:.2g} EFLOP (a backward pass counted as two forward ones)",
