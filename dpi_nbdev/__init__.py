@@ -20,23 +20,25 @@ _public = {
     "ways": "LAYER_RULES affine_rule norm_rule",
     "dpi": "DPI param_groups check_exact",
     "lean": "Gains LowRank hidden_parameters",
-    "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional film",
+    "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional LabelMap film",
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
-    "build": "build_model save_model load_model",
     "draws": "draw_unit ImportanceDraws",
-    "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
-    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
-    "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise GaussianMixture",
+    "diffusion": "Process VPDiffusion DiffusionLoss",
+    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss",
+    "known": "GaussianMixture",
+    "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise",
     "solvers": "sample_ode sample_sde reverse_diffusion",
     "likelihood": "invert log_likelihood",
-    "generate": "generate_samples collect_samples",
+    "guidance": "Guided Guidance DropLabels",
+    "build": "build_model save_model load_model",
     "checkpoints": "Checkpoints save_weights load_weights",
     "files": "ImageFiles",
     "data": "load_images digits photos ImageSplit ImageArray Batches",
     "training": "train TrainSettings",
     "cost": "model_cost cost_table cost_text relative_times",
     "convert": "convert_images",
+    "generate": "generate_samples collect_samples",
     "metrics": "eps_mse velocity_mse midpoints noise_scaled feature_statistics frechet_distance precision_recall inception_score bootstrap fid_by_n",
     "features": "Features Inception DigitFeatures PhotoFeatures PixelFeatures extract",
     "evaluate": "evaluate_samples evaluation_table make_reference",
@@ -73,20 +75,22 @@ if TYPE_CHECKING:
     from dpi_nbdev.conditioning import *
     from dpi_nbdev.drunet import *
     from dpi_nbdev.adm import *
-    from dpi_nbdev.build import *
     from dpi_nbdev.draws import *
     from dpi_nbdev.diffusion import *
     from dpi_nbdev.flow import *
+    from dpi_nbdev.known import *
     from dpi_nbdev.samplers import *
     from dpi_nbdev.solvers import *
     from dpi_nbdev.likelihood import *
-    from dpi_nbdev.generate import *
+    from dpi_nbdev.guidance import *
+    from dpi_nbdev.build import *
     from dpi_nbdev.checkpoints import *
     from dpi_nbdev.files import *
     from dpi_nbdev.data import *
     from dpi_nbdev.training import *
     from dpi_nbdev.cost import *
     from dpi_nbdev.convert import *
+    from dpi_nbdev.generate import *
     from dpi_nbdev.metrics import *
     from dpi_nbdev.features import *
     from dpi_nbdev.evaluate import *

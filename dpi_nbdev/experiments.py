@@ -370,12 +370,11 @@ def environment() -> dict:
 # %% ../nbs/50_experiments.ipynb #c0d0a101
 def _training_data(e, data):
     "Images to train on and to hold out, with labels if wanted, and how many classes."
-    held_out = data.held_out[:2048]
-    if not e.labels: return data.train, held_out if len(held_out) else None, None
-    if data.train_labels is None: raise ValueError(_UNLABELLED.format(e.data))
-    labelled = held_out, data.held_out_labels[:2048]
-    images = data.train, data.train_labels
-    return images, labelled if len(held_out) else None, data.classes
+    if e.labels and data.classes is None: raise ValueError(_UNLABELLED.format(e.data))
+    parts = data.labelled() if e.labels else data
+    few = each(lambda part: part[:2048], parts.held_out)
+    if not len(data.held_out): few = None
+    return parts.train, few, data.classes if e.labels else None
 
 def _rehearse(objective, images, batch_size):
     "Refuses draws that do not fit the batch, before anything is written."
