@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from fastcore.basics import patch
 
-from .conditioning import as_labels
+from .core import as_labels
 from .dpi import DPI
 from .ways import LAYER_RULES, norm_rule
 from .drunet import load_exactly, read_checkpoint

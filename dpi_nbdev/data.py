@@ -355,8 +355,9 @@ def _idx_files(source) -> list:
     test = files.get("t10k") or files.get("test")
     return [files["train"], test] if test else [files["train"]]
 
-_NO_IDX_FILE = ("there is no …train-images-idx3-ubyte or ….gz in {!r}; Fashion-MNIST comes "
-                "with `apt-get install dataset-fashion-mnist`, or give the files' folder")
+_NO_IDX_FILE = ("there is no …train-images-idx3-ubyte or ….gz in {!r}; Fashion-MNIST "
+                "comes with `apt-get install dataset-fashion-mnist`, or give the files'"
+                " folder")
 _WHICH_SET = "{!r} holds several sets; give the images of one of them: {}"
 
 # %% ../nbs/30_data.ipynb #1abe3002
@@ -541,8 +542,8 @@ def classes(self: ImageSplit) -> int | None:
     if found and min(found) < 0: raise ValueError(_NEGATIVE.format(min(found)))
     return max(found) + 1 if found else None
 
-_NO_LABELS = ("these images have no labels. They come with digits, fashion, MNIST's idx "
-              "files, folders with one sub-folder a class, a dataset.json of labels, "
+_NO_LABELS = ("these images have no labels. They come with digits, fashion, MNIST's "
+              "idx files, folders with one sub-folder a class, a dataset.json of labels, "
               "and arrays with labels beside them")
 _OTHER_NUMBER = "the part {!r} has {:,} images and {:,} labels"
 _NEGATIVE = "labels count classes from 0, and there are negative ones, down to {}"

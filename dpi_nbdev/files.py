@@ -190,7 +190,8 @@ def class_folders(
     found = sorted({folder for folder, _, _ in parts})
     # An image beside the folders has no class; and parts of a set are no classes.
     beside = any(not slash for _, slash, _ in parts)
-    split = {c.lower() for c in found} <= {"train", "test", "val", "valid", "validation"}
+    parts_of_a_set = {"train", "test", "val", "valid", "validation"}
+    split = {c.lower() for c in found} <= parts_of_a_set
     return None if beside or split or len(found) < 2 else found
 
 def _shared_folder(names) -> int:

@@ -7,7 +7,6 @@ __all__ = ['timesteps', 'noise_streams', 'start_noise', 'Sampling', 'ddim', 'ddp
 
 # %% ../nbs/22_samplers.ipynb #5f83559b
 import math
-from typing import Any
 from collections.abc import Callable
 
 import torch
