@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Process', 'VPDiffusion', 'DiffusionLoss', 'check_process', 'prediction_kinds', 'data_and_cond', 'check_cond',
-           'draw_scalars', 'told_or_drawn', 'checked_answer']
+           'draw_scalars', 'told_or_drawn', 'checked_answer', 'Part']
 
 # %% ../nbs/19_diffusion.ipynb #c4a47de9
 from typing import Any, ClassVar
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 
@@ -477,3 +479,29 @@ def checked_answer(model, xt, s, *cond):
     _floating(pred)
     _same_shape(**{"the model's prediction": pred, "the noised images": xt})
     return pred
+
+# %% ../nbs/19_diffusion.ipynb #907a020e
+class Part:
+    "Stands in for `model` in an objective: answers for `rows` of the batch, zero elsewhere."
+    def __init__(
+        self,
+        model: Callable,          # model(x, s, *cond)
+        rows: slice,              # which samples of the batch
+        precision: str = "fp32",  # of the forward pass
+    ):
+        self.model, self.rows, self.precision = model, rows, precision
+
+    def __call__(self, x, s, *cond):
+        own = lambda v: _own_rows(self.rows, v, len(x))
+        low = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        full = self.precision == "fp32"
+        with nullcontext() if full else torch.autocast(x.device.type, low):
+            y = self.model(x[self.rows], own(s), *map(own, cond))
+        if y.dtype in (torch.float16, torch.bfloat16): y = y.float()
+        if len(y) == len(x): return y
+        return F.pad(y, (0, 0) * (y.ndim - 1) + (self.rows.start, len(x) - self.rows.stop))
+
+def _own_rows(rows, v, n):
+    "Some rows of what a batch of n is told; what is told once is for each of them."
+    if isinstance(v, (tuple, list)): return tuple(_own_rows(rows, w, n) for w in v)
+    return v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == n else v
