@@ -273,8 +273,8 @@ def write_npz(
 
 # %% ../nbs/42_evaluate.ipynb #42c1a550
 class LabelledImages:
-    """Images with a label each; rows are read when asked for. Raises `ValueError` unless
-    labels are whole numbers, one for each image."""
+    """Images with a label each; rows are read when asked for. Raises `ValueError`
+    unless labels are whole numbers, one for each image."""
     def __init__(self,
         images,    # (N, H, W, C) uint8 that gives rows for `images[range(i, j)]`
         labels,    # (N,) whole numbers
@@ -426,7 +426,7 @@ def _one_class(fake, real, label, known, k):
     "Numbers of one label, and the reasons for those that are missing."
     numbers, missing = {}, {}
     sizes = dict(samples=len(fake.pool)) | {"real images": len(real.pool)}
-    few = lambda least: next((f"{n} {what}, {least} are needed"
+    few = lambda least: next((f"{what}: {n}, needed: {least}"
                               for what, n in sizes.items() if n < least), None)
     if reason := few(2): missing["frechet"], singular = reason, False
     else: numbers["frechet"], singular = _class_distance(fake.pool, real.pool)
