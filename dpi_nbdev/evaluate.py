@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'EXTRACTORS', 'extractor_name', 'NpzArray', 'readable', 'EvalFile', 'read_images', 'shares',
-           'image_features', 'rank_group', 'find_extractor', 'make_reference', 'write_npz', 'open_images',
-           'check_comparable', 'questions', 'evaluate_samples', 'evaluation_table', 'describe_file', 'results_file',
-           'write_results']
+           'image_features', 'rank_group', 'find_extractor', 'make_reference', 'write_npz', 'LabelledImages',
+           'open_images', 'check_comparable', 'questions', 'judge_classes', 'evaluate_samples', 'evaluation_table',
+           'describe_file', 'results_file', 'write_results']
 
 # %% ../nbs/42_evaluate.ipynb #f53fa1ab
 import hashlib, json, re, warnings, zipfile, zlib
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .core import atomic_write, output_folder, seeded
 from .data import digits, open_array, photos
 from .features import INCEPTION_FILE, DigitFeatures, Features, Inception, PhotoFeatures, PixelFeatures, extract
-from .files import ImageFiles
+from .files import ImageFiles, read_labels
 from .metrics import Estimate, bootstrap, feature_statistics, frechet_distance, inception_score, precision_recall
 
 # %% ../nbs/42_evaluate.ipynb #65eef782
@@ -82,6 +82,7 @@ class EvalFile:
     statistics: dict          # "pool" and "spatial" -> (mu (D,), cov (D, D)), those that are there
     extractor: str | None     # whose features the statistics are of; None without statistics
     n: int | None             # images behind the statistics, where the file says so
+    labels: np.ndarray | None = None   # (N,) int64, one an image; None: it has none
 
 def read_images(
     path,           # an .npz in the layout above
@@ -97,7 +98,10 @@ def read_images(
     if not {"arr_0", "mu"} & set(keys): raise ValueError(f"{str(path)!r} has neither images (arr_0) nor statistics (mu, sigma); it has {', '.join(keys) or 'nothing'}")
     images, statistics = _checked_images(path) if "arr_0" in keys else None, _checked_statistics(path, small)
     extractor = str(small["extractor"]) if "extractor" in small else INCEPTION
-    return EvalFile(path, images, statistics, extractor if statistics else None, int(small["n"]) if "n" in small else None)
+    labelled = images is not None and "arr_1" in keys
+    labels = _labels_of(path, len(images)) if labelled else None
+    n = int(small["n"]) if "n" in small else None
+    return EvalFile(path, images, statistics, extractor if statistics else None, n, labels)
 
 # %% ../nbs/42_evaluate.ipynb #23faa996
 def _checked_images(path):
@@ -108,6 +112,15 @@ def _checked_images(path):
         raise ValueError(f"arr_0 in {str(path)!r} must be of shape (N, H, W, C) with 1 or 3 channels last, got {a.shape}")
     if len(a) < 2: raise ValueError(f"a distance needs at least 2 images on each side, {str(path)!r} holds {len(a)}")
     return a
+
+def _labels_of(path, n):
+    "The labels of n images in a file; None where arr_1 is something else. Raises `ValueError` for another number."
+    a = NpzArray(path, "arr_1")
+    if len(a.shape) != 1 or a.dtype.kind not in "iu": return None
+    if len(a) != n: raise ValueError(_LABELS_MATCH.format(str(path), len(a), n))
+    return a[range(n)].astype(np.int64)
+
+_LABELS_MATCH = "arr_1 in {!r} holds {:,} labels for {:,} images"
 
 def _checked_statistics(path, arrays):
     "Means and covariances in a file. Raises `ValueError` when they do not fit together or are not finite."
@@ -211,6 +224,7 @@ def find_extractor(
 # %% ../nbs/42_evaluate.ipynb #5305e032
 def make_reference(
     images,                  # (N, H, W, C) uint8, as open_images gives them, or an array
+                             # their labels are stored if there are any: LabelledImages
     out,                     # the .npz file to make
     extractor: Callable,     # makes the statistics; its name is stored with them
     n_images: int = 10_000,  # images to keep in the file, at most; all if there are no more
@@ -230,10 +244,13 @@ def make_reference(
     output_folder(out.parent)
     with rank_group(rank, world): found = image_features(images, extractor, batch_size, device, rank, world, progress, "reference")
     if rank: return out
-    arrays = dict(extractor=np.array(extractor_name(extractor)), n=np.array(n))
+    rows = sorted(torch.randperm(n, generator=seeded(seed))[:n_images].tolist())
+    labels = getattr(images, "labels", None)
+    arrays = {} if labels is None else dict(arr_1=labels[rows])
+    arrays |= dict(extractor=np.array(extractor_name(extractor)), n=np.array(n))
     for f, names in ((found.pool, ("mu", "sigma")), (found.spatial, ("mu_s", "sigma_s"))):
         if f is not None: arrays |= dict(zip(names, map(np.asarray, feature_statistics(f))))
-    return write_npz(out, images, sorted(torch.randperm(n, generator=seeded(seed))[:n_images].tolist()), arrays)
+    return write_npz(out, images, rows, arrays)
 
 # %% ../nbs/42_evaluate.ipynb #610db4e9
 def write_npz(
@@ -254,24 +271,49 @@ def write_npz(
             with entry(z, name) as f: np.lib.format.write_array(f, np.asanyarray(a), allow_pickle=False)
     return Path(out)
 
+# %% ../nbs/42_evaluate.ipynb #42c1a550
+class LabelledImages:
+    """Images with a label each; rows are read when asked for. Raises `ValueError`
+    unless labels are whole numbers, one for each image."""
+    def __init__(self,
+        images,    # (N, H, W, C) uint8 that gives rows for `images[range(i, j)]`
+        labels,    # (N,) whole numbers
+    ):
+        self.images, self.labels = images, np.asarray(labels)
+        if self.labels.shape != (len(images),) or self.labels.dtype.kind not in "iu":
+            raise ValueError(_ONE_LABEL_EACH.format(len(images)))
+        self.labels = self.labels.astype(np.int64)
+
+    @property
+    def shape(self): return self.images.shape
+    def __len__(self): return len(self.images)
+    def __getitem__(self, rows): return self.images[rows]
+
+_ONE_LABEL_EACH = "labels must be whole numbers, one for each of the {:,} images"
+
 # %% ../nbs/42_evaluate.ipynb #62b67333
 def open_images(
     source,                     # "digits", "photos", a folder or .zip of images, a .npy, or an .npz with images
     size: int | None = None,    # files are cropped and averaged down to it; for "photos" 64 if None
     progress: bool = True,      # show a bar while looking through many files
-):                              # (N, H, W, C) uint8 that gives rows for `images[range(i, j)]`
+):                              # (N, H, W, C) uint8 that gives rows for `images[range(i, j)]`; LabelledImages if there are labels
     "Images of any kind as bytes, read or decoded when asked for. Raises `FileNotFoundError` or `ValueError` for what cannot be used."
-    kind = Path(source).suffix.lower()
+    kind, labels = Path(source).suffix.lower(), None
     if source in ("digits", "photos"):
-        x = (digits() if source == "digits" else photos(size or 64)).train
+        split = digits() if source == "digits" else photos(size or 64)
+        x, labels = split.train, split.train_labels
         images = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     elif not Path(source).exists(): raise FileNotFoundError(f"there are no images at {str(source)!r}: give 'digits', 'photos', a folder, or a .zip, .npy or .npz file")
-    elif kind == ".npz": images = read_images(source).images
-    elif kind == ".npy": images = open_array(source)[0]
-    else: images = ImageFiles(source, size, progress=progress)
+    elif kind == ".npz":
+        found = read_images(source)
+        images, labels = found.images, found.labels
+    elif kind == ".npy": images, labels = open_array(source)
+    else:
+        images = ImageFiles(source, size, progress=progress)
+        labels = read_labels(images.source, images.names)
     if images is None: raise ValueError(f"{str(source)!r} holds statistics but no images")
     if size not in (None, *images.shape[1:2]): raise ValueError(f"{str(source)!r} holds images of {images.shape[1]}×{images.shape[2]}, not of {size}×{size}")
-    return images
+    return images if labels is None else LabelledImages(images, labels)
 
 # %% ../nbs/42_evaluate.ipynb #8b8df29c
 def check_comparable(
@@ -329,6 +371,94 @@ def _answer(metric, sets, resamples, level, seed, progress):
     found = (found,) if isinstance(found, Estimate) else found
     return [e.value for e in found], [[e.low, e.high] for e in found]
 
+# %% ../nbs/42_evaluate.ipynb #42c1a556
+def _class_distance(a, b) -> tuple[float, bool]:
+    "Fréchet distance of features (N, D) and (M, D); is a covariance singular?"
+    if min(len(a), len(b)) > a.shape[1]:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            return frechet_distance(a, b), bool(heard)
+    gap = (a.double().mean(0) - b.double().mean(0)).square().sum()
+    A, B = ((x.double() - x.double().mean(0)) / (len(x) - 1)**0.5 for x in (a, b))
+    cross = torch.linalg.svdvals(A @ B.T).sum()
+    distance = gap + A.square().sum() + B.square().sum() - 2 * cross
+    return max(distance.item(), 0.), True
+
+# %% ../nbs/42_evaluate.ipynb #42c1a553
+def judge_classes(
+    fake: Features,          # of the samples: pool (N, D), logits (N, K) or None
+    fake_labels,             # (N,) whole numbers
+    real: Features,          # of the real images
+    real_labels,             # (M,) whole numbers
+    known=(),                # (K,) the labels that the logits stand for; (): unknown
+    k: int = 3,              # neighbours in precision and recall
+    progress: bool = False,  # show a progress bar
+) -> dict:                   # rows: one for each label of either set; mean; notes
+    """Samples by real images, label by label, and the mean over labels. Raises
+    `ValueError` when `known` is not one label for each logit."""
+    if known and (fake.logits is None or fake.logits.shape[1] != len(known)):
+        raise ValueError(_KNOWN.format(len(known), _shape(fake.logits)))
+    fake_labels, real_labels = np.asarray(fake_labels), np.asarray(real_labels)
+    rows, labels = [], np.union1d(fake_labels, real_labels).tolist()
+    for label in tqdm(labels, desc="classes", unit="class", disable=not progress):
+        mine = _rows_of(fake, fake_labels == label)
+        theirs = _rows_of(real, real_labels == label)
+        row = dict(label=label, samples=len(mine.pool), real=len(theirs.pool))
+        rows.append(row | _one_class(mine, theirs, label, known, k))
+    few = sum(row.pop("singular") for row in rows)
+    notes = [_FEW.format(few, len(rows), fake.pool.shape[1])] if few else []
+    return dict(rows=rows, mean=_class_mean(rows), notes=notes)
+
+# %% ../nbs/42_evaluate.ipynb #42c1a554
+_KNOWN = "the extractor names {} classes, and its logits are {}"
+_FEW = ("in {} of {} classes a covariance of the {} features is singular, with so few "
+        "images: their distance says more about the number of images than about them")
+_NO_JUDGE = "these features come with no classifier of labels"
+
+def _shape(x): return "none" if x is None else tuple(x.shape)
+
+def _rows_of(features, which):
+    "The features of some of the images."
+    which = torch.from_numpy(which)
+    return Features(*(None if f is None else f[which] for f in features))
+
+def _one_class(fake, real, label, known, k):
+    "Numbers of one label, and the reasons for those that are missing."
+    numbers, missing = {}, {}
+    sizes = dict(samples=len(fake.pool)) | {"real images": len(real.pool)}
+    few = lambda least: next((f"{what}: {n}, needed: {least}"
+                              for what, n in sizes.items() if n < least), None)
+    if reason := few(2): missing["frechet"], singular = reason, False
+    else: numbers["frechet"], singular = _class_distance(fake.pool, real.pool)
+    pair = ("precision", "recall")
+    if reason := few(k + 1): missing |= dict.fromkeys(pair, reason)
+    else: numbers |= zip(pair, precision_recall(real.pool, fake.pool, k=k))
+    for key, part in (("accuracy", fake), ("accuracy_real", real)):
+        reason = _why_not_judged(part, label, known)
+        if reason: missing[key] = reason
+        else: numbers[key] = _share_judged(part.logits, label, known)
+    return dict(numbers=numbers, missing=missing, singular=singular)
+
+# %% ../nbs/42_evaluate.ipynb #42c1a561
+def _why_not_judged(part, label, known):
+    "Why no accuracy can be given; None if it can."
+    if not known: return _NO_JUDGE
+    if label not in known: return "the classifier does not know this label"
+    return None if len(part.pool) else "no images"
+
+def _share_judged(logits, label, known) -> float:
+    "The share of images that the classifier judges to be of this label."
+    return (logits.argmax(1) == list(known).index(label)).double().mean().item()
+
+def _class_mean(rows):
+    "Means over classes of what every class has."
+    numbers, missing, n = {}, {}, len(rows)
+    for key in ("frechet", "precision", "recall", "accuracy", "accuracy_real"):
+        values = [r["numbers"][key] for r in rows if key in r["numbers"]]
+        if len(values) == n: numbers[key] = float(np.mean(values))
+        else: missing[key] = f"{n - len(values)} of {n} classes have none"
+    return dict(numbers=numbers, missing=missing)
+
 # %% ../nbs/42_evaluate.ipynb #e0ff6276
 def evaluate_samples(
     samples,                 # .npz with samples
@@ -352,6 +482,7 @@ def evaluate_samples(
         fa, fb = (None if f.images is None else image_features(f.images, extractor, batch_size, device, rank, world, progress, f.path.name) for f in (a, b))
     if rank: return None
     numbers, intervals, missing = {}, {}, {}
+    by_class, unsaid = _by_class(a, b, fa, fb, extractor, k, progress)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         for names, asked in questions(a, b, fa, fb, k).items():
@@ -359,7 +490,7 @@ def evaluate_samples(
             values, ends = _answer(*asked, resamples, level, seed, progress)
             numbers |= zip(names, values); intervals |= zip(names, ends)
     settings = dict(k=k, resamples=resamples, level=level, seed=seed, batch_size=batch_size, device=str(device), ranks=world)
-    return dict(numbers=numbers, intervals=intervals, missing=missing, notes=_notes(heard), extractor=extractor_name(extractor), samples=_about(a), reference=_about(b),
+    return dict(numbers=numbers, intervals=intervals, missing=missing, notes=_notes(heard) + unsaid, **by_class, extractor=extractor_name(extractor), samples=_about(a), reference=_about(b),
                 settings=settings, versions={p: version(p) for p in ("dpi_nbdev", "torch", "numpy")}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 # %% ../nbs/42_evaluate.ipynb #3c8f5c51
@@ -374,12 +505,22 @@ def _notes(heard):
     names = {"of a ": "of the samples ", "of b ": "of the reference "}
     return [re.sub("of [ab] ", lambda m: names[m[0]], t, count=1) for t in dict.fromkeys(str(w.message) for w in heard)]
 
+def _by_class(a, b, fa, fb, extractor, k, progress):
+    "What judge_classes says of two files, as `classes`, if both have labels; and a note if only the samples have."
+    if a.labels is None: return {}, []
+    if b.labels is None: return {}, [_NO_REAL_LABELS.format(a.path.name, b.path.name)]
+    known = getattr(extractor, "classes", ())
+    return dict(classes=judge_classes(fa, a.labels, fb, b.labels, known, k, progress)), []
+
+_NO_REAL_LABELS = "{} has labels and {} has none: nothing is said by class"
+
 def _about(file):
     "What the results say about a file."
     digest = hashlib.sha256()
     with open(file.path, "rb") as f:
         while block := f.read(2**20): digest.update(block)
     return dict(file=str(file.path), sha256=digest.hexdigest(), images=None if file.images is None else list(file.images.shape),
+                classes=None if file.labels is None else len(np.unique(file.labels)),
                 statistics=sorted(file.statistics), statistics_of=file.n if file.statistics else None)
 
 # %% ../nbs/42_evaluate.ipynb #5ae81cee
@@ -394,6 +535,7 @@ def evaluation_table(
         text = f"{results['numbers'][key]:.4f}" if key in results["numbers"] else f"–  ({results['missing'][key]})"
         if key in results["intervals"]: text += "   {:.4f} to {:.4f} with {:g} % confidence".format(*results["intervals"][key], 100 * results["settings"]["level"])
         rows.append((name, text))
+    if "classes" in results: rows += [("", ""), *_class_rows(results["classes"], fid)]
     rows += [("", ""), *(("note", n) for n in results["notes"])] if results["notes"] else []
     return "\n".join(f"{a:18}{b}".rstrip() for a, b in rows)
 
@@ -401,6 +543,7 @@ def _described(about):
     "A file in a line, from the results."
     parts = [about["file"]]
     if about["images"]: parts.append("{:,} images of {}".format(about["images"][0], "×".join(map(str, about["images"][1:]))))
+    if about.get("classes"): parts[-1] += f" in {about['classes']:,} classes"
     if about["statistics"]: parts.append("statistics" + (f" of {about['statistics_of']:,} images" if about["statistics_of"] else ""))
     return ", ".join(parts)
 
@@ -409,6 +552,46 @@ def describe_file(
 ) -> str:
     "What the file holds, in a line. Raises as `read_images` does."
     return _described(_about(read_images(path)))
+
+# %% ../nbs/42_evaluate.ipynb #42c1a55d
+_SHOWN = 20   # classes in the table; a JSON has all of them
+
+def _class_rows(classes, fid) -> list:
+    "The numbers by class as rows of the table: (label, text)."
+    names = dict(frechet="FID" if fid else "Fréchet", precision="precision",
+                 recall="recall", accuracy="accuracy", accuracy_real="of real")
+    rows, mean = classes["rows"], classes["mean"]
+    keys = [key for key in names if any(key in r["numbers"] for r in rows)]
+    number = lambda r, key: f"{r['numbers'][key]:.4f}" if key in r["numbers"] else "–"
+    line = lambda *parts: "".join(f"{p:>10}" for p in parts)
+    out = [("by class", line("samples", "real", *(names[key] for key in keys)))]
+    for r in _worst(rows):
+        counts = f"{r['samples']:,}", f"{r['real']:,}"
+        values = (number(r, key) for key in keys)
+        out.append((f"  {r['label']}", line(*counts, *values)))
+    out.append(("  mean", line("", "", *(number(mean, key) for key in keys))))
+    if len(rows) > _SHOWN: out.append(("", _OF_ALL.format(_SHOWN, len(rows))))
+    return out + [("  –", text) for text in _reasons(rows, names)] + [
+        ("note", n) for n in classes["notes"]]
+
+_OF_ALL = "the {} of the largest distances, of {:,} classes; the mean is over all"
+
+def _worst(rows):
+    "The rows to show, by label: of too many, those of the largest distances."
+    distance = lambda r: r["numbers"].get("frechet", -1)
+    return sorted(sorted(rows, key=distance)[-_SHOWN:], key=lambda r: r["label"])
+
+def _reasons(rows, names):
+    "Why numbers are missing: each reason once, with the numbers and labels."
+    about = {}
+    for r in rows:
+        for key, why in r["missing"].items():
+            keys, labels = about.setdefault(why, ({}, {}))
+            keys[names[key]], labels[r["label"]] = True, True
+    for why, (keys, labels) in about.items():
+        few = ", ".join(map(str, list(labels)[:5])) + ", …" * (len(labels) > 5)
+        which = "all labels" if len(labels) == len(rows) > 1 else f"label {few}"
+        yield f"{', '.join(keys)} of {which}: {why}"
 
 # %% ../nbs/42_evaluate.ipynb #fbe92549
 def results_file(

@@ -147,6 +147,7 @@ class DigitFeatures(nn.Module):
     """Features of 8×8 digits from a small classifier, trained in seconds when first
     asked for; on every machine the same, to rounding. Needs no file."""
     name = "digit network"
+    classes = tuple(range(10))   # the labels that the logits stand for, in their order
     def __init__(self):
         super().__init__()
         self.net = copy.deepcopy(_trained_digit_network())

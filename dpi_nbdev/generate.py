@@ -6,7 +6,7 @@
 __all__ = ['sample_streams', 'to_bytes', 'from_bytes', 'generate_samples', 'collect_samples', 'save_pngs', 'save_grid']
 
 # %% ../nbs/35_generate.ipynb #8337e774
-import io, json, operator, os, shutil, zipfile
+import hashlib, io, json, operator, os, shutil, zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def from_bytes(
 # %% ../nbs/35_generate.ipynb #e8a57433
 def generate_samples(
     sample: Callable,        # sample(x_start, streams) -> images like x_start, in [-1, 1]; streams: one generator per image
+                             # with labels: sample(x_start, streams, y), y (B,) int64
     n: int,                  # number of images, 1 to 1,000,003
     shape: tuple,            # of one image, (C, H, W)
     out,                     # the file to make, "….npz"
@@ -60,25 +61,53 @@ def generate_samples(
     world: int = 1,          # processes that work on the job
     device="cpu",            # where `sample` wants its noise
     progress: bool = True,   # show a progress bar
+    labels=None,             # (n,) whole numbers from 0, one a sample; None: no labels
 ) -> Path:                   # the folder with the parts; collect_samples makes the file
-    "Samples this rank's share of what is missing. Raises `ValueError` when a job with other settings was begun at `out`, or `sample` returns another shape."
+    """Samples this rank's share of what is missing. Raises `ValueError` when a job with
+    other settings or labels was begun at `out`, `sample` returns another shape, or
+    labels do not fit; `TypeError` for labels that are not whole numbers."""
     if not 0 <= rank < world: raise ValueError(f"rank must be from 0 to world - 1; got rank {rank} of {world}")
-    parts = _open_job(out, n, shape, seed, batch_size, about)
+    if labels is not None: labels = _sample_labels(labels, n)
+    parts = _open_job(out, n, shape, seed, batch_size, about, labels)
     todo = [k for k in range(rank, -(-n // batch_size), world)]
     left = [k for k in todo if not (parts / f"done-{k:06d}").exists()]
     with tqdm(total=len(todo) * batch_size, initial=(len(todo) - len(left)) * batch_size, desc="sampling", unit="image", disable=not progress) as bar:
         for k in left:
             indices = range(k * batch_size, min(n, (k + 1) * batch_size))
             streams = sample_streams(seed, indices)
-            x = sample(start_noise(len(streams), shape, streams).to(device), streams)
+            x_start = start_noise(len(streams), shape, streams).to(device)
+            rows = slice(indices.start, indices.stop)
+            told = [] if labels is None else [torch.from_numpy(labels[rows]).to(device)]
+            x = sample(x_start, streams, *told)
             if x.shape != (len(streams), *shape): raise ValueError(f"sample must return {len(streams)} images of shape {tuple(shape)}; got {tuple(x.shape)}")
             _write_at(parts / "images.npy", n, indices.start, to_bytes(x))
             (parts / f"done-{k:06d}").touch()
             bar.update(batch_size)
     return parts
 
+# %% ../nbs/35_generate.ipynb #35a1be10
+def _sample_labels(labels, n) -> np.ndarray:
+    "Labels as (n,) int64. Raises `TypeError` unless whole, `ValueError` unless n from 0."
+    labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if labels.shape != (n,): raise ValueError(_LABEL_EACH.format(n, labels.shape))
+    if labels.dtype.kind not in "iu": raise TypeError(_LABEL_WHOLE.format(labels.dtype))
+    if labels.min() < 0: raise ValueError(_LABEL_NEGATIVE.format(labels.min()))
+    return labels.astype(np.int64)
+
+def _told(labels) -> dict:
+    "What a job's settings say of its labels: nothing without any."
+    if labels is None: return {}
+    # The labels lie beside the settings; a checksum is enough to tell them apart.
+    digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()[:16]
+    some = f"{len(labels)} from {labels.min()} to {labels.max()}"
+    return dict(labels=f"{some}, checksum {digest}")
+
+_LABEL_EACH = "labels must be one per sample, shape ({},); got shape {}"
+_LABEL_WHOLE = "labels must be whole numbers, got {}"
+_LABEL_NEGATIVE = "labels must be whole numbers from 0, got {}"
+
 # %% ../nbs/35_generate.ipynb #81fdfc24
-def _open_job(out, n, shape, seed, batch_size, about):
+def _open_job(out, n, shape, seed, batch_size, about, labels):
     "The job's folder, made or found; refuses a job with other settings. Ranks may do this at the same time."
     out = Path(out)
     if out.suffix != ".npz": raise ValueError(f"samples go to an .npz file, got {out.name!r}")
@@ -86,7 +115,7 @@ def _open_job(out, n, shape, seed, batch_size, about):
         if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be a whole number, at least 1; got {v!r}")
     if n > 1_000_003: raise ValueError(f"a job has at most 1,000,003 samples (take another seed for more), got n={n}")
     sample_streams(seed, [])
-    settings = json.loads(json.dumps(dict(n=n, shape=list(shape), seed=seed, batch_size=batch_size, **about)))
+    settings = json.loads(json.dumps(dict(n=n, shape=list(shape), seed=seed, batch_size=batch_size, **_told(labels), **about)))
     parts, (C, H, W) = output_folder(out.parent / f"{out.name}.parts"), shape
     note, array = parts / "job.json", parts / "images.npy"
     if note.exists():
@@ -99,6 +128,9 @@ def _open_job(out, n, shape, seed, batch_size, about):
         open(array, "ab").close()
         os.truncate(array, header.tell() + n * H * W * C)   # or changes nothing
         _put(array, 0, header.getvalue())
+        if labels is not None:
+            with atomic_write(parts / "labels.npy") as tmp, open(tmp, "wb") as f:
+                np.save(f, labels)
         with atomic_write(note) as tmp: tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return parts
 
@@ -123,7 +155,8 @@ def _put(path, at, data):
 def collect_samples(
     out,         # the file that generate_samples was told to make
 ) -> Path:       # the file
-    "Makes the .npz of a finished job. Raises `ValueError` while batches are missing, `FileNotFoundError` when there is no job."
+    """Makes the .npz of a finished job, with its labels as `arr_1` if it has any. Raises
+    `ValueError` while batches are missing, `FileNotFoundError` when there is no job."""
     out = Path(out); parts = out.parent / f"{out.name}.parts"
     if not (parts / "job.json").exists():
         raise FileNotFoundError(f"there is no sampling job at {str(parts)!r}")
@@ -134,6 +167,7 @@ def collect_samples(
     with atomic_write(out) as tmp:
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             archive.write(parts / "images.npy", "arr_0.npy")
+            if "labels" in job: archive.write(parts / "labels.npy", "arr_1.npy")
     shutil.rmtree(parts)
     return out
 

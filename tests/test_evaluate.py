@@ -10,13 +10,16 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 import dpi_nbdev.cli as cli
 from dpi_nbdev.data import digits, photos
-from dpi_nbdev.evaluate import EXTRACTORS, INCEPTION, make_reference, read_images
-from dpi_nbdev.features import PhotoFeatures, PixelFeatures
+from dpi_nbdev import files
+from dpi_nbdev.evaluate import (EXTRACTORS, INCEPTION, LabelledImages, evaluate_samples, evaluation_table, judge_classes,
+                                make_reference, open_images, read_images)
+from dpi_nbdev.features import DigitFeatures, Features, PhotoFeatures, PixelFeatures
 from dpi_nbdev.generate import to_bytes
-from dpi_nbdev.metrics import feature_statistics
+from dpi_nbdev.metrics import feature_statistics, frechet_distance, precision_recall
 
 PIXELS = ("--reference", "ref.npz", "--features", "pixels")
 
@@ -36,6 +39,7 @@ def made(tmp_path_factory):
     bad = {"keys": dict(images=samples), "floats": dict(arr_0=samples / 255), "signed": dict(arr_0=samples.astype(np.int64)), "one": dict(arr_0=samples[:1]), "three": dict(arr_0=samples[:3]),
            "chw": dict(arr_0=samples.reshape(60, 1, 8, 8)), "flat": dict(arr_0=samples[..., 0]), "large": dict(arr_0=samples.repeat(2, 1).repeat(2, 2)), "rgb": dict(arr_0=samples.repeat(3, 3)),
            "nan": good | dict(mu=np.full(64, np.nan)), "half": dict(mu=np.zeros(64)), "shapes": good | dict(sigma=np.eye(63)), "foreign": good,
+           "labels": dict(arr_0=samples, arr_1=np.arange(59)), "labels2": dict(arr_0=samples, arr_1=np.arange(61)),
            "narrow": dict(mu=np.zeros(9), sigma=np.eye(9), extractor="pixels"), "other": good | dict(extractor="photo wavelets"), "objects": dict(arr_0=np.array([samples, None], dtype=object))}
     for name, arrays in bad.items():
         np.savez(d / f"{name}.npz", **arrays)
@@ -73,7 +77,7 @@ def test_a_reference_is_what_the_original_evaluator_reads(made):
     with np.load(made / "patches-ref.npz") as f:
         assert {"arr_0", "mu", "sigma", "mu_s", "sigma_s"} <= set(f.files)
         assert f["arr_0"].shape == (90, 16, 16, 3) and f["arr_0"].dtype == np.uint8
-        found = PhotoFeatures()(__import__("torch").from_numpy(f["arr_0"]).permute(0, 3, 1, 2))
+        found = PhotoFeatures()(torch.from_numpy(f["arr_0"]).permute(0, 3, 1, 2))
         for mu, sigma, features in (("mu", "sigma", found.pool), ("mu_s", "sigma_s", found.spatial)):
             assert f[mu].dtype == f[sigma].dtype == np.float64
             for stored, computed in zip((f[mu], f[sigma]), feature_statistics(features)):
@@ -122,6 +126,197 @@ def test_references_of_every_source_agree(made, call):
         assert (made / f"from{k}.npz").read_bytes() == (made / "from0.npz").read_bytes()
     assert call("photos", "--make-reference", "embedded.npz", "--features", "photos", "--size", 24, "--n-images", 5)[0] == 0
     assert read_images(made / "embedded.npz").images.shape == (5, 24, 24, 3)
+
+
+# -- labels ----------------------------------------------------------------------------------------------------
+
+
+QUIET = dict(progress=False)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    "Held-out digits with their labels, with shuffled ones, and a reference that the digit network made."
+    d = tmp_path_factory.mktemp("labelled")
+    split = digits()
+    x, y = to_bytes(split.held_out), split.held_out_labels.numpy()
+    np.savez(d / "right.npz", x, y)
+    np.savez(d / "shuffled.npz", x, np.random.default_rng(0).permutation(y))
+    np.savez(d / "none.npz", x)
+    make_reference(open_images("digits"), d / "ref.npz", DigitFeatures(), **QUIET)
+    return d
+
+
+def test_labels_tell_right_digits_from_the_same_digits_with_shuffled_labels(labelled):
+    "The set is the same; each class is nearer to its real images under its own label, and only then recognised."
+    look, names = DigitFeatures(), ("right", "shuffled", "none")
+    found = {k: evaluate_samples(labelled / f"{k}.npz", labelled / "ref.npz", look, **QUIET) for k in names}
+    assert found["right"]["numbers"] == found["shuffled"]["numbers"] == found["none"]["numbers"]
+    assert "classes" not in found["none"] and "by class" not in evaluation_table(found["none"])
+    right, shuffled = (found[k]["classes"] for k in ("right", "shuffled"))
+    for r, s in zip(right["rows"], shuffled["rows"], strict=True):
+        assert r["label"] == s["label"] and r["missing"] == s["missing"] == {}
+        assert 5 * r["numbers"]["frechet"] < s["numbers"]["frechet"]
+        assert r["numbers"]["accuracy"] > 0.85 and s["numbers"]["accuracy"] < 0.4
+    assert right["mean"]["numbers"]["accuracy"] > 0.95 and right["mean"]["numbers"]["accuracy_real"] > 0.98
+
+
+def test_numbers_of_a_class_are_those_of_a_file_of_that_class(labelled, tmp_path):
+    look = DigitFeatures()
+    rows = evaluate_samples(labelled / "right.npz", labelled / "ref.npz", look, **QUIET)["classes"]["rows"]
+    assert [r["label"] for r in rows] == list(range(10))
+    for name in ("right", "ref"):
+        with np.load(labelled / f"{name}.npz") as f:
+            np.savez(tmp_path / f"{name}.npz", f["arr_0"][f["arr_1"] == 4])
+    alone = evaluate_samples(tmp_path / "right.npz", tmp_path / "ref.npz", look, **QUIET)
+    assert rows[4]["samples"] == alone["samples"]["images"][0] and rows[4]["real"] == alone["reference"]["images"][0]
+    for key in ("frechet", "precision", "recall"):
+        assert rows[4]["numbers"][key] == pytest.approx(alone["numbers"][key], rel=1e-4)
+
+
+def test_the_table_has_a_row_for_each_class_and_json_all_numbers(labelled, monkeypatch, capsys):
+    monkeypatch.chdir(labelled)
+    monkeypatch.setattr(sys, "argv", ["dpi_evaluate", "right.npz", "--reference", "ref.npz", "--features", "digits"])
+    cli.dpi_evaluate()
+    out = capsys.readouterr().out
+    stored = json.loads((labelled / "right.evaluation.json").read_text(encoding="utf-8"))
+    lines = out.split("by class")[1].splitlines()
+    assert lines[0].split() == ["samples", "real", "Fréchet", "precision", "recall", "accuracy", "of", "real"]
+    for line, row in zip(lines[1:11], stored["classes"]["rows"], strict=True):
+        numbers = [f"{row['numbers'][k]:.4f}" for k in ("frechet", "precision", "recall", "accuracy", "accuracy_real")]
+        assert line.split() == [str(row["label"]), str(row["samples"]), str(row["real"]), *numbers]
+    assert lines[11].split()[0] == "mean" and len({len(line) for line in lines[1:12]}) == 1
+    assert "297 images of 8×8×1 in 10 classes" in out and stored["samples"]["classes"] == 10
+    assert "a covariance of the 32 features is singular" in out
+
+
+def test_too_few_images_of_a_class_are_a_reason_and_not_a_number(labelled, tmp_path):
+    with np.load(labelled / "right.npz") as f:
+        x, y = f["arr_0"], f["arr_1"]
+    one, three = np.flatnonzero(y == 1)[:1], np.flatnonzero(y == 3)[:3]
+    keep = np.concatenate([one, three, np.flatnonzero(y > 3)])
+    y = np.where(y == 5, 77, y)
+    np.savez(tmp_path / "few.npz", x[keep], y[keep])
+    r = evaluate_samples(tmp_path / "few.npz", labelled / "ref.npz", DigitFeatures(), **QUIET)
+    rows = {row["label"]: row for row in r["classes"]["rows"]}
+    assert list(rows) == [*range(10), 77] and (rows[0]["samples"], rows[77]["real"]) == (0, 0)
+    assert rows[0]["missing"]["frechet"] == "samples: 0, needed: 2" and rows[0]["missing"]["accuracy"] == "no images"
+    assert rows[1]["missing"]["frechet"] == "samples: 1, needed: 2" and "accuracy" in rows[1]["numbers"]
+    assert rows[3]["missing"] == dict.fromkeys(("precision", "recall"), "samples: 3, needed: 4")
+    assert rows[77]["missing"]["recall"] == "real images: 0, needed: 4"
+    assert rows[77]["missing"]["accuracy"] == "the classifier does not know this label"
+    assert r["classes"]["mean"] == dict(numbers={}, missing=dict(
+        frechet="5 of 11 classes have none", precision="6 of 11 classes have none", recall="6 of 11 classes have none",
+        accuracy="4 of 11 classes have none", accuracy_real="1 of 11 classes have none"))
+    table = evaluation_table(r)
+    assert re.search(r"^  3 +3 +156 +\d+\.\d{4} +– +– +1\.0000 +0\.\d{4}$", table, re.M)
+    assert "precision, recall of label 3: samples: 3, needed: 4" in table
+    json.dumps(r)
+
+
+def test_features_without_a_classifier_of_labels_give_no_accuracy(labelled, tmp_path):
+    make_reference(open_images("digits"), tmp_path / "ref.npz", PixelFeatures(), **QUIET)
+    r = evaluate_samples(labelled / "right.npz", tmp_path / "ref.npz", PixelFeatures(), **QUIET)
+    assert r["classes"]["rows"][0]["missing"] == dict.fromkeys(("accuracy", "accuracy_real"), "these features come with no classifier of labels")
+    table = evaluation_table(r)
+    assert "accuracy, of real of all labels: these features come with no classifier" in table
+    assert table.split("by class")[1].splitlines()[0].split() == ["samples", "real", "Fréchet", "precision", "recall"]
+
+
+def test_samples_with_labels_and_a_reference_without_say_so(labelled, tmp_path):
+    r = evaluate_samples(labelled / "right.npz", labelled / "none.npz", DigitFeatures(), **QUIET)
+    assert "classes" not in r and r["notes"][-1] == "right.npz has labels and none.npz has none: nothing is said by class"
+    r = evaluate_samples(labelled / "none.npz", labelled / "right.npz", DigitFeatures(), **QUIET)
+    assert "classes" not in r and not any("labels" in n for n in r["notes"])
+    with np.load(labelled / "ref.npz") as f:
+        np.savez(tmp_path / "statistics.npz", **{k: f[k] for k in f.files if k != "arr_0"})
+    assert read_images(tmp_path / "statistics.npz").labels is None
+
+
+def test_what_is_no_row_of_whole_numbers_is_no_label(tmp_path):
+    x = np.zeros((5, 4, 4, 1), np.uint8)
+    for arr_1, labels in ((np.arange(5, dtype=np.uint16), range(5)), (np.ones(5), None), (np.ones((5, 1), int), None), (np.ones(5, bool), None)):
+        np.savez_compressed(tmp_path / "a.npz", x, arr_1)
+        found = read_images(tmp_path / "a.npz").labels
+        assert found is None if labels is None else (found == labels).all() and found.dtype == np.int64
+
+
+def test_many_classes_are_a_short_table(labelled):
+    "The twenty furthest are shown; the mean is over all."
+    g = np.random.default_rng(0)
+    labels = np.repeat(np.arange(30), 4)
+    fake, real = (Features(torch.from_numpy(g.normal(size=(120, 3)))) for _ in range(2))
+    fake.pool[labels >= 15] += 9
+    found = judge_classes(fake, labels, real, labels)
+    base = dict(numbers={}, missing=dict.fromkeys(("frechet", "frechet_spatial", "inception_score", "precision", "recall"), "-"), intervals={},
+                notes=[], extractor="x", settings={}, classes=found, **{k: dict(file=k, images=None, statistics=[]) for k in ("samples", "reference")})
+    shown = [int(m) for m in re.findall(r"^  (\d+) +4 +4 ", evaluation_table(base), re.M)]
+    assert len(shown) == 20 and shown == sorted(shown) and set(range(15, 30)) < set(shown)
+    assert "the 20 of the largest distances, of 30 classes; the mean is over all" in evaluation_table(base)
+    assert len(found["rows"]) == 30 and found["mean"]["numbers"]["frechet"] == pytest.approx(np.mean([r["numbers"]["frechet"] for r in found["rows"]]))
+
+
+@pytest.mark.filterwarnings("ignore:the covariance")
+@pytest.mark.parametrize("n, m", [(5, 9), (9, 60), (60, 9), (60, 70)])
+def test_the_distance_of_few_images_is_the_fréchet_distance(n, m):
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(n, 12, generator=g) + 1, torch.randn(m, 12, generator=g) * torch.linspace(0.1, 3, 12)
+    row = judge_classes(Features(a), [3] * n, Features(b), [3] * m)["rows"][0]
+    assert row["numbers"]["frechet"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    assert [row["numbers"][k] for k in ("precision", "recall")] == list(precision_recall(b, a))
+
+
+def test_a_classifier_must_name_as_many_classes_as_it_has_logits():
+    f = Features(torch.randn(8, 2), logits=torch.randn(8, 3))
+    with pytest.raises(ValueError, match=r"names 4 classes, and its logits are \(8, 3\)"):
+        judge_classes(f, [0] * 8, f, [0] * 8, range(4))
+    with pytest.raises(ValueError, match="names 4 classes, and its logits are none"):
+        judge_classes(f._replace(logits=None), [0] * 8, f, [0] * 8, range(4))
+
+
+def test_a_reference_keeps_to_each_image_its_label(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8)
+    y = np.arange(40) * 7 % 11
+    make_reference(LabelledImages(x, y), tmp_path / "ref.npz", PixelFeatures(), n_images=15, **QUIET)
+    make_reference(x, tmp_path / "plain.npz", PixelFeatures(), n_images=15, **QUIET)
+    with np.load(tmp_path / "ref.npz") as f, np.load(tmp_path / "plain.npz") as plain:
+        of = {image.tobytes(): label for image, label in zip(x, y)}
+        assert [of[image.tobytes()] for image in f["arr_0"]] == f["arr_1"].tolist() and len(f["arr_1"]) == 15
+        assert set(f.files) - set(plain.files) == {"arr_1"}
+        assert all((f[k] == plain[k]).all() for k in plain.files)
+    for labels in (y[:-1], y / 2, y[None]):
+        with pytest.raises(ValueError, match="labels must be whole numbers, one for each of the 40 images"):
+            LabelledImages(x, labels)
+
+
+def test_labels_come_along_from_every_source_that_has_them(tmp_path):
+    from PIL import Image
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    y = [2, 0, 1, 1, 0, 2]
+    np.savez(tmp_path / "a.npz", x, y)
+    np.save(tmp_path / "b.npy", x)
+    (tmp_path / "b.json").write_text(json.dumps(dict(labels=y)))
+    names = [f"{i}.png" for i in range(6)]
+    (tmp_path / "c").mkdir()
+    for name, image in zip(names, x):
+        Image.fromarray(image).save(tmp_path / "c" / name)
+    (tmp_path / "c" / "dataset.json").write_text(json.dumps(dict(labels=list(zip(names, y)))))
+    for source in ("a.npz", "b.npy", "c"):
+        images = open_images(tmp_path / source, **QUIET)
+        assert images.labels.tolist() == y and (images[range(1, 4)] == x[1:4]).all() and images.shape == x.shape
+    assert open_images("digits").labels.tolist() == digits().train_labels.tolist()
+    assert not hasattr(open_images("photos", 16), "labels")
+
+
+@pytest.mark.skipif(not hasattr(files, "class_folders"), reason="read_labels does not know sub-folders yet")
+def test_labels_of_one_sub_folder_a_class(tmp_path):
+    from PIL import Image
+    for k, name in enumerate(("cats", "dogs")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((8, 8, 3), 90 * k + i, np.uint8)).save(tmp_path / "pets" / name / f"{i}.png")
+    images = open_images(tmp_path / "pets", **QUIET)
+    assert [int(images[range(i, i + 1)][0, 0, 0, 0] >= 90) for i in range(6)] == images.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 # -- the same digits -------------------------------------------------------------------------------------------
@@ -260,6 +455,9 @@ def test_a_large_file_is_never_in_memory_whole(tmp_path):
     (("samples.npz", "--reference", "foreign.npz", "--features", "pixels"), f"are of {INCEPTION!r} features and cannot be compared with 'pixels'"),
     (("samples.npz", "--reference", "other.npz", "--features", "pixels"), "are of 'photo wavelets' features"),
     (("samples.npz", "--reference", "ref.npz", "--features", "photos"), "are of 'pixels' features"),
+    (("labels.npz", *PIXELS), "arr_1 in 'labels.npz' holds 59 labels for 60 images"),
+    (("samples.npz", "--reference", "labels2.npz", "--features", "pixels"), "arr_1 in 'labels2.npz' holds 61 labels for 60 images"),
+    (("labels.npz", "--make-reference", "new.npz", "--features", "pixels"), "holds 59 labels for 60 images"),
     (("cut.npz", *PIXELS), "'cut.npz' cannot be read"),
     (("bit.npz", *PIXELS), "Bad CRC"),
     (("text.npz", *PIXELS), "'text.npz' cannot be read: File is not a zip file"),
