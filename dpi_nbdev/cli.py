@@ -267,8 +267,7 @@ def dpi_evaluate(
     size: int = None,            # side to which a reference's image files are cropped and averaged
     device: str = None,          # cpu, cuda or mps; a GPU if there is one
 ):
-    """Judges samples by real images: Fréchet distances (FID, sFID), inception score,
-    precision and recall; also by class, where both files have labels."""
+    "Judges samples by real images: Fréchet distances, inception score, precision, recall; also by class."
     if (reference is None) == (make_reference is None): raise ValueError("give either --reference, to judge samples, or --make-reference, to make one")
     from dpi_nbdev import evaluate as judge
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
