@@ -472,7 +472,7 @@ def told_or_drawn(objective, s, x, generator):
     return as_scalar(s, x), torch.ones(())
 
 def checked_answer(model, xt, s, *cond):
-    "model(xt, s, *cond), which must look like xt; s and cond are moved to where xt is."
+    "The model's answer, which must look like xt; s and cond are moved to where xt is."
     wide = torch.float64 if xt.dtype == torch.float64 else torch.float32
     if s.is_floating_point(): s = s.to(wide)
     pred = model(xt, s.to(xt.device), *(c.to(xt.device) for c in cond))

@@ -124,7 +124,7 @@ class Run:
         self,
         model: nn.Module,     # model(x, s, *cond); trained in place
         objective: Callable,  # objective(model, x, generator) -> loss, values
-        data,                 # (N, C, H, W) in [-1, 1], or a tuple, as for `train`
+        data,                 # (N, C, H, W) in [-1, 1], or a tuple, as train takes it
         settings: TrainSettings,
     ):
         from accelerate import Accelerator

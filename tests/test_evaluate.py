@@ -308,7 +308,6 @@ def test_labels_come_along_from_every_source_that_has_them(tmp_path):
     assert not hasattr(open_images("photos", 16), "labels")
 
 
-@pytest.mark.skipif(not hasattr(files, "class_folders"), reason="read_labels does not know sub-folders yet")
 def test_labels_of_one_sub_folder_a_class(tmp_path):
     from PIL import Image
     for k, name in enumerate(("cats", "dogs")):
