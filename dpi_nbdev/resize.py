@@ -25,7 +25,7 @@ from .lean import GainsPart, LowRankPart
 from .monotone import LinearLambda, _Lambda
 from .sets import Full, FullPart, deep_copy, second_set, select_parameters
 
-# %% ../nbs/14_resize.ipynb #3a30887d
+# %% ../nbs/14_resize.ipynb #e8705be8
 @dataclass(frozen=True)
 class Axis:
     "One axis of a convolution, a transposed convolution or a pooling window."
@@ -57,15 +57,17 @@ class Axis:
     def padding(self, scale, reach):
         "Before and after together, for a new reach, and how much more does no harm."
         both, t = self.before + self.after, self.stride
-        # An image of h pixels that t divides has (h + extra) / t outputs, or h t + extra.
-        if self.turned: return reach + 1 - t - round(scale * (self.reach + 1 - t - both)), 0
+        # h pixels have (h + extra) / t outputs, or h t + extra if turned.
+        if self.turned:
+            return reach + 1 - t - round(scale * (self.reach + 1 - t - both)), 0
         extra = both - self.reach - 1 + t
         return reach + 1 - t + round(scale * (extra - extra % t)), t - 1
 
-# %% ../nbs/14_resize.ipynb #6b6d65a3
+# %% ../nbs/14_resize.ipynb #fef233cd
 def _shape(mode, scale):
     "Half width of φ, and φ."
     wide = max(scale, 1.)
+    if mode == "nearest" and scale < 1: mode = "hat"   # steps finer than a pixel
     match mode:
         case "hat": return wide, lambda u: (1 - u.abs() / wide).clamp(min=0) / wide
         case "dilate": return 1., lambda u: (1 - u.abs()).clamp(min=0)
@@ -113,7 +115,7 @@ def _period(axis, scale):
         if abs(scale * b - round(scale * b)) < 1e-9: break
     return max(1, round(scale * b)) * (axis.stride if axis.turned else 1)
 
-# %% ../nbs/14_resize.ipynb #338caa99
+# %% ../nbs/14_resize.ipynb #f8ff9bce
 def _matched(axis, scale, n, rho):   # n: (K,), the new taps' pixels
     "(K, k): the matched kernel for each old tap."
     before, K = -int(n[0]), len(n)
@@ -121,7 +123,7 @@ def _matched(axis, scale, n, rho):   # n: (K,), the new taps' pixels
     for out in range(_period(axis, scale)):
         own = [(j, _meets(axis, out, j, before)) for j in range(K)]
         own = [(j, p) for j, p in own if p is not None]
-        rows = torch.tensor([j for j, _ in own])
+        rows = torch.tensor([j for j, _ in own], dtype=torch.long)   # or none
         at = torch.tensor([p for _, p in own]).double()
         A[rows[:, None], rows] += rho**(at[:, None] - at).abs()
         for i, target in enumerate(_wanted(axis, scale, out)):
@@ -200,23 +202,23 @@ def kernel_matrix(
     axis = Axis(k, before=side, after=k - 1 - side)
     return resized_axis(axis, float(scale), mode, rho, more).matrix
 
-# %% ../nbs/14_resize.ipynb #16218036
+# %% ../nbs/14_resize.ipynb #4e6018a2
 def _check(scale, mode):
     "Raises `ValueError` or `TypeError` for a scale or a mode that there is not."
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(_NO_NUMBER.format(scale))
-    if not (math.isfinite(scale) and scale > 0): raise ValueError(_NO_SCALE.format(scale))
+    if not 0 < scale < math.inf: raise ValueError(_NO_SCALE.format(scale))
     if mode not in MODES: raise ValueError(_NO_MODE.format(MODES, mode))
 
 _NO_NUMBER = "scale must be a number, like 2 or 1.5; got {!r}"
 _NO_SCALE = "scale must be above 0 and finite; got {!r}"
 _NO_MODE = "mode must be one of {}; got {!r}"
 
-# %% ../nbs/14_resize.ipynb #dcdf1816
+# %% ../nbs/14_resize.ipynb #c3f36a58
 @dataclass
 class ParameterMap:
     "A linear map of a parameter, axis by axis."
-    axes: dict                  # axis -> matrix (new, old), or a vector: a factor for each
+    axes: dict                  # axis -> matrix (new, old), or a vector of factors
     view: tuple | None = None   # the shape in which these are the axes; then flattened
 
     def __call__(self, p: Tensor, lead=0) -> Tensor:
@@ -247,7 +249,7 @@ class Change:
     around: Callable | None = None             # layer -> what takes its place
     kept: dict = field(default_factory=dict)   # parameter -> ParameterMap, see slide
 
-# %% ../nbs/14_resize.ipynb #b032a58b
+# %% ../nbs/14_resize.ipynb #afe382fe
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TURNED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -267,7 +269,8 @@ def conv_axes(
         axes.append(Axis(k, stride, before, after, dilation, turned))
     return axes
 
-def _is_point(axis): return (axis.k, axis.stride, axis.before, axis.after) == (1, 1, 0, 0)
+def _is_point(axis):
+    return (axis.k, axis.stride, axis.before, axis.after) == (1, 1, 0, 0)
 
 def _conv_change(name, layer, scale, mode, rho, dense=False):
     "A convolution's `Change`; None for one that stays."
@@ -275,7 +278,8 @@ def _conv_change(name, layer, scale, mode, rho, dense=False):
     if all(map(_is_point, axes)): return None
     new = [resized_axis(a, scale, mode, rho, 0, dense) for a in axes]
     old = "×".join(map(str, layer.kernel_size))
-    size, padding, dilation = zip(*[(len(n.matrix), n.padding, n.dilation) for n in new])
+    size = tuple(len(n.matrix) for n in new)
+    padding, dilation = zip(*[(n.padding, n.dilation) for n in new])
     values = dict(kernel_size=size, padding=padding, dilation=dilation)
     if axes[0].turned: values["output_padding"] = (0,) * len(axes)
     if layer.padding_mode != "zeros":
@@ -295,7 +299,7 @@ def _placed(axis, new):
     placed[at[inside], torch.arange(axis.k)[inside]] = 1
     return placed
 
-# %% ../nbs/14_resize.ipynb #c24c4847
+# %% ../nbs/14_resize.ipynb #10e44e08
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _MEAN = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
@@ -305,14 +309,16 @@ def _each(v, n): return tuple(v) if isinstance(v, (tuple, list)) else (v,) * n
 def _pool_change(name, layer, scale):
     "A pooling window's `Change`. Raises `ValueError` where it would be shifted."
     n = int(type(layer).__name__[-2])
-    given = (layer.kernel_size, layer.stride, layer.padding, getattr(layer, "dilation", 1))
+    given = (layer.kernel_size, layer.stride, layer.padding,
+             getattr(layer, "dilation", 1))
     k, stride, padding, dilation = (_each(v, n) for v in given)
     sizes, before, after = [], [], []
     for i in range(n):
         axis = Axis(k[i], stride[i], padding[i], padding[i], dilation[i])
         size, c = round(scale * (axis.reach + 1)), axis.centre(scale)
         front = (size - 1) / 2 - c
-        if abs(front - round(front)) > 1e-9: raise ValueError(_HALF.format(name, k, scale))
+        if abs(front - round(front)) > 1e-9:
+            raise ValueError(_HALF.format(name, k, scale))
         both, slack = axis.padding(scale, size - 1)
         front = max(round(front), 0)
         sizes.append(size)
@@ -321,7 +327,8 @@ def _pool_change(name, layer, scale):
     values = dict(kernel_size=tuple(sizes), stride=stride, padding=tuple(before))
     if isinstance(layer, _MAX): values["dilation"] = 1
     elif not any(padding): values["count_include_pad"] = False
-    if n == 1: values = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
+    if n == 1:
+        values = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
     what = f"{type(layer).__name__}, window {'×'.join(map(str, k))} to "
     what += "×".join(map(str, sizes))
     if before == after: return Change(name, what, values=values)
@@ -332,12 +339,12 @@ def _pool_change(name, layer, scale):
     pad = lambda pool: nn.Sequential(_PADS[n - 1](tuple(sides), fill), pool)
     return Change(name, f"{what}, behind a padding layer", values=values, around=pad)
 
-_HALF = ("the pooling window of {0!r}, {1}, would be shifted by part of a pixel at scale"
-         " {2}: use another scale, or leave it out, select={{{0!r}: 1}}")
-_UNEVEN = ("the average pool {0!r} would need unequal padding that is not counted: leave"
-           " it out, select={{{0!r}: 1}}")
+_HALF = ("the pooling window of {0!r}, {1}, would be shifted by part of a pixel at"
+         " scale {2}: use another scale, or leave it out, select={{{0!r}: 1}}")
+_UNEVEN = ("the average pool {0!r} would need unequal padding that is not counted:"
+           " leave it out, select={{{0!r}: 1}}")
 
-# %% ../nbs/14_resize.ipynb #403db801
+# %% ../nbs/14_resize.ipynb #3302cb65
 def reduction(
     n: int,        # small pixels
     large: int,    # large pixels
@@ -345,7 +352,7 @@ def reduction(
     "Area reduction along an axis, also by fractional factors."
     edges = torch.arange(n + 1, dtype=torch.float64) * large / n
     v = torch.arange(large, dtype=torch.float64)
-    overlap = (torch.minimum(edges[1:, None], v + 1) - torch.maximum(edges[:-1, None], v))
+    overlap = torch.minimum(edges[1:, None], v + 1) - torch.maximum(edges[:-1, None], v)
     return overlap.clamp(min=0) * n / large
 
 def enlargement(
@@ -369,19 +376,22 @@ def _linear_change(name, layer, shape, new, mode):   # shapes: (C, H, W) or (C, 
             axes[i] = m / m.sum(0) if mode == "hat" else m
         else: axes[i] = reduction(n, large).T
     maps = {"weight": ParameterMap(axes, (-1, *shape))}
-    what = f"Linear on a map of {'×'.join(map(str, shape))}, now {'×'.join(map(str, new))}"
+    old, grown = ("×".join(map(str, v)) for v in (shape, new))
+    what = f"Linear on a map of {old}, now {grown}"
     return Change(name, what, maps, dict(in_features=math.prod(new)))
 
-# %% ../nbs/14_resize.ipynb #69f3aa40
+# %% ../nbs/14_resize.ipynb #edc0300f
 def _patch_change(name, layer, scale):
     "The `Change` of a patch embedding."
     grown = lambda v: tuple(_whole_pixels(name, scale * n) for n in v)
     stays = {1}.issuperset(layer.dilation) and not isinstance(layer.padding, str)
-    if not isinstance(layer, _CONVS) or not stays: raise ValueError(_NO_PATCH.format(name))
+    if not isinstance(layer, _CONVS) or not stays:
+        raise ValueError(_NO_PATCH.format(name))
     size = grown(layer.kernel_size)
     axes = {2 + i: torch.linalg.pinv(enlargement(k, K).T)
             for i, (k, K) in enumerate(zip(layer.kernel_size, size))}
-    values = dict(kernel_size=size, stride=grown(layer.stride), padding=grown(layer.padding))
+    values = dict(kernel_size=size, stride=grown(layer.stride),
+                  padding=grown(layer.padding))
     return Change(name, f"patch embedding of {'×'.join(map(str, size))} pixels",
                   {"weight": ParameterMap(axes)}, values)
 
@@ -400,7 +410,8 @@ def _grid_change(name, owner, leaf, p, grid, scale, mode):
     else:
         n, axis = math.prod(grid), max(p.ndim - 2, 0)
         extra = p.shape[axis] - n
-        if extra < 0: raise ValueError(_NO_GRID.format(name, tuple(p.shape), tuple(grid)))
+        if extra < 0:
+            raise ValueError(_NO_GRID.format(name, tuple(p.shape), tuple(grid)))
         whole = along[0]
         for m in along[1:]: whole = torch.kron(whole, m)
         axes = {axis: torch.block_diag(torch.eye(extra).double(), whole)}
@@ -414,7 +425,7 @@ _NO_PATCH = ("{!r} is no patch embedding that can be resized: a convolution with
 _FRACTION = "{!r} would have {:g} pixels: choose a scale that gives whole numbers"
 _NO_GRID = "{!r} of shape {} has no grid of {} positions"
 
-# %% ../nbs/14_resize.ipynb #d0963e86
+# %% ../nbs/14_resize.ipynb #b3c3213b
 def _attention_changes(name, layer, tokens, ratio):
     "The `Change`s that scale the queries, for `ratio` times as many tokens."
     if not tokens > 1: raise ValueError(_TOKENS.format(name, tokens))
@@ -425,7 +436,8 @@ def _attention_changes(name, layer, tokens, ratio):
         split = (3, n) if layer.new_order else (layer.n_heads, 3, n // layer.n_heads)
         factors = torch.ones(split).double()
         (factors[0] if layer.new_order else factors[:, 0]).fill_(by)
-        return [Change(f"{name}.qkv" if name else "qkv", what, _rows(factors.flatten(), layer.qkv))]
+        place = f"{name}.qkv" if name else "qkv"
+        return [Change(place, what, _rows(factors.flatten(), layer.qkv))]
     if isinstance(layer, nn.MultiheadAttention):
         n, own = layer.embed_dim, {}
         own |= {"in_proj_bias": 3 * n, "in_proj_weight": 3 * n, "q_proj_weight": n}
@@ -436,7 +448,8 @@ def _attention_changes(name, layer, tokens, ratio):
             factors[:n] = by
             maps[leaf] = ParameterMap({0: factors})
         return [Change(name, what, maps)]
-    if not isinstance(layer, (nn.Linear, *_CONVS)): raise ValueError(_NO_QUERIES.format(name))
+    if not isinstance(layer, (nn.Linear, *_CONVS)):
+        raise ValueError(_NO_QUERIES.format(name))
     factors = torch.full((len(layer.weight),), by).double()
     return [Change(name, what, _rows(factors, layer))]
 
@@ -449,7 +462,7 @@ _TOKENS = "attention in {!r} needs a number of tokens above 1, got {!r}"
 _NO_QUERIES = ("{!r} computes no queries that are known: name an attention block, an"
                " nn.MultiheadAttention, or the linear layer that makes the queries")
 
-# %% ../nbs/14_resize.ipynb #764cff81
+# %% ../nbs/14_resize.ipynb #7f2ecde5
 class _Watch(TorchFunctionMode):
     "Marks tensors with the map that they are a flattened form of."
     _FLAT = {"flatten", "reshape", "view"}
@@ -459,7 +472,8 @@ class _Watch(TorchFunctionMode):
         inputs = [v for v in args if isinstance(v, Tensor)]
         if not isinstance(out, Tensor) or not inputs: return out
         x = inputs[0]
-        if name.startswith("adaptive_") or getattr(x, "_pooled", False): out._pooled = True
+        pooled = name.startswith("adaptive_") or getattr(x, "_pooled", False)
+        if pooled: out._pooled = True
         is_flat = out.ndim == 2 and x.ndim > 2 and out.shape[1:] == (x[0].numel(),)
         if name in self._FLAT and is_flat: out._map = tuple(x.shape[1:])
         elif out.shape == x.shape and hasattr(x, "_map"): out._map = x._map
@@ -482,7 +496,8 @@ def _watched(net, example):
     args = example if isinstance(example, (tuple, list)) else (example,)
     try:
         with torch.no_grad(), _Watch(): twin(*args)
-    except Exception as e: raise ValueError(_NO_EXAMPLE.format(type(e).__name__, e)) from e
+    except Exception as e:
+        raise ValueError(_NO_EXAMPLE.format(type(e).__name__, e)) from e
     for hook in hooks: hook.remove()
     return shapes, flat
 
@@ -517,7 +532,7 @@ def _told(what, name):
 _NO_SELECTION = ("select must be None, a name pattern, a layer type, a list of these, a"
                  " function (name, layer) -> bool, or a dictionary of scales; got {}")
 
-# %% ../nbs/14_resize.ipynb #287129ba
+# %% ../nbs/14_resize.ipynb #acd0df15
 _STAY = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Bilinear, nn.RNNBase,
          nn.RNNCellBase)
 
@@ -538,7 +553,8 @@ def _layer_changes(name, layer, scale, say):
         return [Change(name, f"Upsample to {size}", values=dict(size=size))]
     if sides := getattr(layer, "padding", None) if _is_padding(layer) else None:
         sides = tuple(_whole_pixels(name, scale * n) for n in sides)
-        return [Change(name, f"{type(layer).__name__} {sides}", values=dict(padding=sides))]
+        what = f"{type(layer).__name__} {sides}"
+        return [Change(name, what, values=dict(padding=sides))]
     _refuse_unknown(name, layer, say)
     return []
 
@@ -550,7 +566,7 @@ def _is_kind(layer, kinds):
 def _is_padding(layer):
     return type(layer).__module__ == "torch.nn.modules.padding"
 
-# %% ../nbs/14_resize.ipynb #7add841c
+# %% ../nbs/14_resize.ipynb #c9625226
 def _refuse_unknown(name, layer, say):
     "Raises `ValueError` for a layer that may hold something spatial."
     if isinstance(layer, nn.Unflatten): raise ValueError(_UNFLAT.format(name))
@@ -558,44 +574,47 @@ def _refuse_unknown(name, layer, say):
     for leaf, p in layer._parameters.items():
         place = f"{name}.{leaf}" if name else leaf
         if p is None or say.is_grid(place) or sum(n > 1 for n in p.shape) < 2: continue
-        raise ValueError(_UNKNOWN.format(place, tuple(p.shape), type(layer).__name__, name))
+        kind = type(layer).__name__
+        raise ValueError(_UNKNOWN.format(place, tuple(p.shape), kind, name))
 
 def _check_kinds(net, names):
     "Raises for networks whose weights cannot be exchanged."
     if not isinstance(net, nn.Module):
         raise TypeError(f"a network is an nn.Module, got {type(net).__name__}")
     for name, m in net.named_modules():
-        if isinstance(m, torch.jit.ScriptModule): raise TypeError(_SCRIPT.format(name or "it"))
-        if "quantized" in type(m).__module__: raise TypeError(_QUANTIZED.format(name or "it"))
+        place = f"the layer {name!r}" if name else "the network"
+        if isinstance(m, torch.jit.ScriptModule): raise TypeError(_SCRIPT.format(place))
+        if "quantized" in type(m).__module__: raise TypeError(_QUANTIZED.format(place))
         old_kind = any(k in m._parameters for k in ("weight_g", "weight_orig"))
-        if is_parametrized(m) or old_kind: raise ValueError(_COMPUTED.format(name))
-        if any(isinstance(p, nn.UninitializedParameter) for p in m._parameters.values()):
-            raise ValueError(_LAZY.format(name))
+        if is_parametrized(m) or old_kind: raise ValueError(_COMPUTED.format(place))
+        own = m._parameters.values()
+        if any(isinstance(p, nn.UninitializedParameter) for p in own):
+            raise ValueError(_LAZY.format(place))
     for argument, patterns in names.items():
         if patterns is not None and not isinstance(patterns, (dict, list, tuple, str)):
             raise TypeError(_NO_NAMES.format(argument, type(patterns).__name__))
 
 _UNFLAT = ("{0!r} makes a map out of a vector, whose size is fixed: resize what comes"
            " before and after it apart, or leave it out, select={{{0!r}: 1}}")
-_UNKNOWN = ("the parameter {0!r} of shape {1} is in a layer of unknown kind ({2}) and may"
-            " be spatial: say grids={{{0!r}: (rows, columns)}} if it is a grid of"
+_UNKNOWN = ("the parameter {0!r} of shape {1} is in a layer of unknown kind ({2}) and"
+            " may be spatial: say grids={{{0!r}: (rows, columns)}} if it is a grid of"
             " positions, or leave the layer out, select={{{3!r}: 1}}")
-_SCRIPT = ("{} is TorchScript, whose layers cannot be changed: resize the Python network,"
-           " then script it")
-_QUANTIZED = ("{} is quantized, and its weights cannot be interpolated: resize first, then"
-              " quantize")
-_COMPUTED = ("the weight of {!r} is computed from other parameters (a parametrization, or"
+_SCRIPT = ("{} is TorchScript, whose layers cannot be changed: resize the Python"
+           " network, then script it")
+_QUANTIZED = ("{} is quantized, and its weights cannot be interpolated: resize first,"
+              " then quantize")
+_COMPUTED = ("{} computes its weight from other parameters (a parametrization, or"
              " weight norm): remove that first")
-_LAZY = "{!r} is a lazy layer: run the network once before resizing it"
+_LAZY = "{} is lazy: run the network once before resizing it"
 _NO_NAMES = "{} must be a dictionary or a list of names, got {}"
 
-# %% ../nbs/14_resize.ipynb #52518a61
+# %% ../nbs/14_resize.ipynb #3c94041a
 @dataclass
 class _Said:
     "What the caller said, and what was seen on the example."
     mode: str; rho: float; flat: dict; grids: dict; dense: bool
     seen: dict | None = None         # linear layer -> map, from the example
-    last: int | None = None          # outputs of the layer before, where there was no example
+    last: int | None = None          # outputs of the layer before
 
     def is_grid(self, place): return _told(self.grids, place) is not None
 
@@ -605,7 +624,8 @@ class _Said:
             if not _fits(pattern, name, layer): continue
             if shape is None: return None
             if len(shape) < 2 or math.prod(shape) != layer.in_features:
-                raise ValueError(_NOT_FLAT.format(name, tuple(shape), layer.in_features))
+                told = name, tuple(shape), layer.in_features
+                raise ValueError(_NOT_FLAT.format(*told))
             return tuple(shape)
         if self.seen is not None: return self.seen.get(name)
         n = layer.in_features
@@ -613,14 +633,14 @@ class _Said:
             raise ValueError(_MAYBE_FLAT.format(name, n, self.last))
         return None
 
-_NOT_FLAT = ("flat says that {!r} works on a map (channels, rows, columns) of {}, and it"
-             " takes {} numbers")
-_MAYBE_FLAT = ("the linear layer {0!r} takes {1} numbers, which may be a flattened map of"
-               " {2} channels: say flat={{{0!r}: (channels, rows, columns)}}, or"
-               " flat={{{0!r}: None}} if it is none, or give an example input, from which"
-               " this is seen")
+_NOT_FLAT = ("flat says that {!r} works on a map (channels, rows, columns) of {}, and"
+             " it takes {} numbers")
+_MAYBE_FLAT = ("the linear layer {0!r} takes {1} numbers, which may be a flattened map"
+               " of {2} channels: say flat={{{0!r}: (channels, rows, columns)}}, or"
+               " flat={{{0!r}: None}} if it is none, or give an example input, from"
+               " which this is seen")
 
-# %% ../nbs/14_resize.ipynb #4df71b67
+# %% ../nbs/14_resize.ipynb #0cb3682d
 def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
           attention=False, example=None, rho=0.98, dense=False):
     "[(name, layer, its changes)] for all layers. Raises `ValueError` or `TypeError`."
@@ -630,7 +650,8 @@ def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
     if example is not None: shapes, say.seen = _watched(net, example)
     image = next((s for s in shapes.values() if len(s) > 2), ())[2:]
     scale_of, skipped, rows = _scale_for(select, float(scale)), _not_layers(net), []
-    patches = dict.fromkeys([patches] if isinstance(patches, str) else patches or [], True)
+    patches = [patches] if isinstance(patches, str) else patches or []
+    patches = dict.fromkeys(patches, True)
     for name, layer in net.named_modules():
         if id(layer) in skipped: continue
         s, changes = scale_of(name, layer), []
@@ -647,14 +668,15 @@ def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
     _check_names(rows, dict(flat=flat, grids=grids, patches=patches, select=select))
     return rows
 
-# %% ../nbs/14_resize.ipynb #094f1cc7
+# %% ../nbs/14_resize.ipynb #8a833390
 def _not_layers(net):
     "Modules that hold further parameter sets, or that are known not to see maps."
     skipped = set()
     for m in net.modules():
         if isinstance(m, DPI):
-            for tree in [m.lam, *(t for part in m.sets.parts for t in part.trees)]:
-                if isinstance(tree, nn.Module): skipped |= {id(t) for t in tree.modules()}
+            trees = [m.lam, *(t for part in m.sets.parts for t in part.trees)]
+            for tree in [t for t in trees if isinstance(t, nn.Module)]:
+                skipped |= {id(t) for t in tree.modules()}
         # The embedding of an ADM or of a conditioning, not a map.
         for attr in ("emb_layers", "time_embed", "label_emb"):
             if isinstance(own := getattr(m, attr, None), nn.Module):
@@ -703,32 +725,33 @@ def _check_names(rows, given):
             if any(_fits(pattern, n.rstrip("."), m) for n, m in held): continue
             raise ValueError(_NOTHING.format(argument, pattern))
 
-_NO_TOKENS = ("how many tokens the attention {0!r} has is not known: give an example input,"
-              " or say attention={{{0!r}: tokens}}")
-_TOO_LARGE = ("the kernel of {!r} would reach over {} pixels, more than the image's {:g}"
-              " ({} times {}): use a smaller scale")
+_NO_TOKENS = ("how many tokens the attention {0!r} has is not known: give an example"
+              " input, or say attention={{{0!r}: tokens}}")
+_TOO_LARGE = ("the kernel of {!r} would reach over {} pixels, more than the image's"
+              " {:g} ({} times {}): use a smaller scale")
 _NOTHING = "{} names {!r}, and the network has nothing of that name"
 
-# %% ../nbs/14_resize.ipynb #6b85361a
+# %% ../nbs/14_resize.ipynb #29868506
 def resize_kernels(
     net: nn.Module,           # any network, or a DPI model; it is not modified
-    scale: float,             # of the images, above 0: 2 for twice as many pixels a side
+    scale: float,             # of the images, above 0: 2 for twice the pixels a side
     mode: str = "matched",    # how kernels are interpolated, see MODES
-    select=None,              # which layers: None, pattern, type, function, {name: scale}
-    flat: dict | None = None,   # {linear layer: (C, H, W) of its flattened map, or None}
+    select=None,              # which layers: None, pattern, type, function, {name: 1.5}
+    flat: dict | None = None,   # {linear layer: (C, H, W) of its map, or None}
     grids: dict | None = None,  # {positional parameter: (rows, columns)}
     patches=None,             # names of patch embeddings, whose stride grows as well
     attention=False,          # scale logits: True, or {attention layer: its tokens}
     example=None,             # an input of the original size, or a tuple of all inputs
     rho: float = 0.98,        # for "matched": correlation of neighbouring large pixels
-) -> nn.Module:               # the same layers with other kernels, sharing nothing with net
+) -> nn.Module:               # the same layers, sharing nothing with net
     """The network for images `scale` times as large. Raises `ValueError` for what it
     cannot know, naming the argument that tells it, and `TypeError` for a wrong kind."""
-    rows = _plan(net, scale, mode, select, flat, grids, patches, attention, example, rho)
+    rows = _plan(net, scale, mode, select, flat, grids, patches, attention, example,
+                 rho)
     resized = _changed(net, [c for _, _, changes in rows for c in changes])
     return _remember(resized, net, rows, dict(scale=scale, mode=mode))
 
-# %% ../nbs/14_resize.ipynb #e31532c7
+# %% ../nbs/14_resize.ipynb #209455e8
 def _changed(net, changes, which="maps"):
     "A copy of `net` with the changes made; `which` may be \"kept\", see `slide`."
     twin, maps = deep_copy(net), {}
@@ -749,6 +772,7 @@ def _changed(net, changes, which="maps"):
         for leaf, p in module._parameters.items():
             module._parameters[leaf] = fresh.get(id(p), p)
     for change in changes:
+        if change.around and not change.name: return change.around(twin)
         if change.around: _replace(twin, change.name, change.around)
     for model in wrapped:
         model.sets.modules = list(model.net.modules())
@@ -761,10 +785,10 @@ def _replace(net, name, around):
     owner = net.get_submodule(path)
     owner._modules[leaf] = around(owner._modules[leaf])
 
-_TIED = ("{!r} shares its {!r} with a layer of another geometry, and one parameter cannot"
-         " be resized in two ways: untie them first")
+_TIED = ("{!r} shares its {!r} with a layer of another geometry, and one parameter"
+         " cannot be resized in two ways: untie them first")
 
-# %% ../nbs/14_resize.ipynb #81bba33f
+# %% ../nbs/14_resize.ipynb #2848329d
 def _change_sets(model, maps):
     "Makes the changes in the further parameter sets of a DPI model."
     for name, p in model.net.named_parameters():
@@ -778,7 +802,8 @@ def _change_part(part, name, p, m):   # m: the ParameterMap of the parameter p
     elif p.ndim < 2:      # kept with an axis for the curves in front
         _put(part.trees[-1], name, lambda v: m(v, lead=1))
     elif isinstance(part, LowRankPart): _change_factors(part, name, p, m)
-    elif not isinstance(part, GainsPart): raise TypeError(_NO_PART.format(type(part).__name__))
+    elif not isinstance(part, GainsPart):
+        raise TypeError(_NO_PART.format(type(part).__name__))
     elif 0 in m.axes and m.axes[0].ndim > 1: raise ValueError(_GAINED.format(name))
 
 def _change_factors(part, name, p, m):
@@ -801,7 +826,7 @@ def _put(tree, name, f):
     held[leaf] = nn.Parameter(f(held[leaf]), held[leaf].requires_grad)
 
 _NO_PART = "parameter sets of the kind {} cannot be resized"
-_GAINED = "{!r} has gains for each position, which cannot be resized: leave it out, select"
+_GAINED = "{0!r} has gains for each position: leave it out, select={{{0!r}: 1}}"
 
 # %% ../nbs/14_resize.ipynb #e27465cf
 def _remember(resized, net, rows, call):
@@ -916,11 +941,11 @@ class Both(nn.Module):
         if self.curves == 2: own = own.unsqueeze(-1)
         return torch.cat([own, mu.to(own).unsqueeze(-1)], -1)
 
-# %% ../nbs/14_resize.ipynb #fe04b3e7
+# %% ../nbs/14_resize.ipynb #25a02073
 def slide(
-    net: nn.Module,         # a network, or a DPI model of one scalar; it is not modified
+    net: nn.Module,         # a network, or a DPI model of one scalar; not modified
     scale: float,           # of the images, at least 1
-    lam=None,               # the slide, 0 for the original; None: linear along the range
+    lam=None,               # the slide, a λ; None: linear along the range
     mode: str = "matched",  # see MODES
     noise_at: str = "s_max",  # the end of the range where images are noise
     **how,                  # as for resize_kernels
@@ -947,7 +972,7 @@ def slide(
     kind = Slid(net.recipe, tuple(part.count for part in net.sets.parts))
     return DPI(nets[0], Both(copy.deepcopy(own), lam), kind, chosen, nets[1:])
 
-# %% ../nbs/14_resize.ipynb #1654d4db
+# %% ../nbs/14_resize.ipynb #ac8bc9f1
 def _corners(net):
     "Plain networks: a network itself, or θ⁰, θ¹, … of a DPI model."
     if not isinstance(net, DPI): return [net]
@@ -960,7 +985,8 @@ def _corners(net):
 def _check_slides(name, layer, changes):
     "Raises `ValueError` unless the original layer and the resized one fit each other."
     for c in changes:
-        shaped = c.values or any(m.ndim > 1 for p in c.maps.values() for m in p.axes.values())
+        matrices = [m for p in c.maps.values() for m in p.axes.values()]
+        shaped = c.values or any(m.ndim > 1 for m in matrices)
         if shaped and not c.kept: raise ValueError(_NO_SLIDE.format(name, c.what))
         for p in c.kept.values():
             if any((m.sum(0) != 1).any() for m in p.axes.values()):
@@ -972,9 +998,9 @@ _NOISE_AT = 'noise_at must be "s_min" or "s_max", got {!r}'
 _SCALARS = "slide takes a model of one scalar"
 _NO_SLIDE = ("{0!r} cannot slide between two resolutions ({1}): leave it as it is,"
              " select={{{0!r}: 1}}")
-_SMALLER = "the original kernel of {!r} does not fit into the resized one: scale below 1?"
-_SHRINKS = ("{!r} is not padded to keep the image's size, so original and resized layers"
-            " give images of different sizes")
+_SMALLER = "the original kernel of {!r} does not fit into the resized one"
+_SHRINKS = ("{!r} is not padded to keep the image's size, so original and resized"
+            " layers give images of different sizes")
 
 # %% ../nbs/14_resize.ipynb #e62a73f9
 class StepLambda(_Lambda):
