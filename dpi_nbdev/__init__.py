@@ -24,6 +24,7 @@ _public = {
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
     "build": "build_model save_model load_model",
+    "resize": "resize_kernels resize_report kernel_matrix slide StepLambda AtScale",
     "draws": "draw_unit ImportanceDraws",
     "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
     "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.drunet import *
     from dpi_nbdev.adm import *
     from dpi_nbdev.build import *
+    from dpi_nbdev.resize import *
     from dpi_nbdev.draws import *
     from dpi_nbdev.diffusion import *
     from dpi_nbdev.flow import *

@@ -186,6 +186,10 @@ def dpi_sample(
     batch_size: int = 64,    # images at a time
     grid: str = None,        # also write a picture of the first 64 images to this file
     png: str = None,         # also write every image to this folder
+    scale: float = None,     # sample larger images, by resized kernels: 2 for twice
+    layers: str = "*",       # with --scale: which layers, such as "*m_body*"
+    mode: str = "matched",   # with --scale: matched, hat, nearest, dilate, align-corners
+    slide: str = None,       # with --scale: "linear" along the noise level, or "switch-0.5"
     device: str = None,      # cpu, cuda or mps; a GPU if there is one
 ):
     "Samples a trained run: any number of images, on any number of ranks, resumable."
@@ -199,15 +203,45 @@ def dpi_sample(
     if out.exists(): raise FileExistsError(f"{str(out)!r} exists already: give another file, or remove it")
     for folder in (png, grid and Path(grid).parent): folder and output_folder(folder)     # said now rather than after the work
     if grid and Path(grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise ValueError(f"grid must be a file that ends in .png, .jpg or .webp, got {grid!r}")
-    model, about = model.to(device), dict(sampler=e.sampler, steps=e.sampler_steps, model=identity)
+    about, shape = dict(sampler=e.sampler, steps=e.sampler_steps, model=identity), tuple(results["shape"])
+    if scale is None and (slide, layers, mode) != (None, "*", "matched"): raise ValueError(_NO_SCALE)
+    if scale is not None:
+        model, shape = _larger(e, model, shape, scale, layers, mode, slide)
+        about |= dict(scale=scale, layers=layers, mode=mode, slide=slide)
+    model = model.to(device)
     draw = lambda x, streams: e.sample(model, x, streams, progress=False)
-    parts = generate_samples(draw, e.n_samples, tuple(results["shape"]), out, seed, batch_size, about, rank, world, device, progress=rank == 0)
+    parts = generate_samples(draw, e.n_samples, shape, out, seed, batch_size, about, rank, world, device, progress=rank == 0)
     if rank: return
     while world > 1 and len(list(parts.glob("done-*"))) < -(-e.n_samples // batch_size): time.sleep(0.5)   # the other ranks are not through yet
     images = np.load(collect_samples(out))["arr_0"]
     if grid: save_grid(images[:64], grid, ncol=8)
     if png: save_pngs(images, png)
     print(f"{len(images):,} images of {images.shape[1]}×{images.shape[2]} in {out}")
+
+# %% ../nbs/53_cli.ipynb #r3s1zec1
+def _larger(e, model, shape, scale, layers, mode, slide):
+    "The model for images `scale` times as large, and their shape."
+    from dpi_nbdev.resize import StepLambda, resize_kernels, slide as slid
+    C, *sides = shape
+    sides = [scale * n for n in sides]
+    how = dict(mode=mode, select=None if layers == "*" else layers)
+    if slide is None: model = resize_kernels(model, scale, **how)
+    else:
+        process = e.make_process()
+        noise = "s_max" if process.noise_at == process.s_max else "s_min"
+        ends = process.s_min, process.s_max
+        match = re.fullmatch(r"linear|switch-(0?\.\d+)", slide)
+        if match is None: raise ValueError(_NO_SLIDE.format(slide))
+        from dpi_nbdev.monotone import LinearLambda
+        lam = LinearLambda(*ends)
+        if match[1]: lam = StepLambda(ends[0] + float(match[1]) * (ends[1] - ends[0]), *ends)
+        model = slid(model, scale, lam, noise_at=noise, **how)
+    if any(n != round(n) for n in sides): raise ValueError(_PART.format(scale, *sides))
+    return model.eval(), (C, *map(round, sides))
+
+_NO_SCALE = "layers, mode and slide are about larger images: give a scale as well"
+_NO_SLIDE = "slide must be linear, or switch-0.5 for a step in the middle; got {!r}"
+_PART = "scale={:g} makes images of {:g}×{:g} pixels: give one that makes whole numbers"
 
 # %% ../nbs/53_cli.ipynb #3efe1b03
 @command

@@ -25,7 +25,7 @@ from .lean import GainsPart, LowRankPart
 from .monotone import LinearLambda, _Lambda
 from .sets import Full, FullPart, deep_copy, second_set, select_parameters
 
-# %% ../nbs/14_resize.ipynb #e8705be8
+# %% ../nbs/14_resize.ipynb #325a0410
 @dataclass(frozen=True)
 class Axis:
     "One axis of a convolution, a transposed convolution or a pooling window."
@@ -35,6 +35,7 @@ class Axis:
     after: int = 0      # and at the end; less its output_padding
     dilation: int = 1
     turned: bool = False   # a transposed convolution?
+    rest: int = 0       # of the image's pixels, divided by the stride
 
     @property
     def reach(self): return self.dilation * (self.k - 1)   # from first tap to last
@@ -61,7 +62,8 @@ class Axis:
         if self.turned:
             return reach + 1 - t - round(scale * (self.reach + 1 - t - both)), 0
         extra = both - self.reach - 1 + t
-        return reach + 1 - t + round(scale * (extra - extra % t)), t - 1
+        extra -= (extra + self.rest) % t
+        return reach + 1 - t + round(scale * extra), t - 1
 
 # %% ../nbs/14_resize.ipynb #fef233cd
 def _shape(mode, scale):
@@ -214,7 +216,7 @@ _NO_NUMBER = "scale must be a number, like 2 or 1.5; got {!r}"
 _NO_SCALE = "scale must be above 0 and finite; got {!r}"
 _NO_MODE = "mode must be one of {}; got {!r}"
 
-# %% ../nbs/14_resize.ipynb #c3f36a58
+# %% ../nbs/14_resize.ipynb #b71ecab2
 @dataclass
 class ParameterMap:
     "A linear map of a parameter, axis by axis."
@@ -249,15 +251,16 @@ class Change:
     around: Callable | None = None             # layer -> what takes its place
     kept: dict = field(default_factory=dict)   # parameter -> ParameterMap, see slide
 
-# %% ../nbs/14_resize.ipynb #afe382fe
+# %% ../nbs/14_resize.ipynb #4828f77c
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TURNED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def conv_axes(
     layer: nn.Module,   # one of torch's convolutions
+    shape=None,         # of the map it gets, (B, C, ...); None: strides divide it
 ) -> list:              # an Axis for each dimension of the image
     "Its geometry."
-    turned = isinstance(layer, _TURNED)
+    turned, sides = isinstance(layer, _TURNED), shape and shape[-len(layer.stride):]
     rows = zip(layer.kernel_size, layer.stride, layer.dilation)
     axes = []
     for i, (k, stride, dilation) in enumerate(rows):
@@ -266,15 +269,16 @@ def conv_axes(
         before = both[0]
         after = sum(both) if layer.padding == "same" else before
         if turned: after -= layer.output_padding[i]
-        axes.append(Axis(k, stride, before, after, dilation, turned))
+        rest = sides[i] % stride if sides else 0
+        axes.append(Axis(k, stride, before, after, dilation, turned, rest))
     return axes
 
 def _is_point(axis):
     return (axis.k, axis.stride, axis.before, axis.after) == (1, 1, 0, 0)
 
-def _conv_change(name, layer, scale, mode, rho, dense=False):
+def _conv_change(name, layer, scale, mode, rho, dense=False, shape=None):
     "A convolution's `Change`; None for one that stays."
-    axes = conv_axes(layer)
+    axes = conv_axes(layer, shape)
     if all(map(_is_point, axes)): return None
     new = [resized_axis(a, scale, mode, rho, 0, dense) for a in axes]
     old = "×".join(map(str, layer.kernel_size))
@@ -299,14 +303,14 @@ def _placed(axis, new):
     placed[at[inside], torch.arange(axis.k)[inside]] = 1
     return placed
 
-# %% ../nbs/14_resize.ipynb #10e44e08
+# %% ../nbs/14_resize.ipynb #51958938
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _MEAN = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 def _each(v, n): return tuple(v) if isinstance(v, (tuple, list)) else (v,) * n
 
-def _pool_change(name, layer, scale):
+def _pool_change(name, layer, scale, shape=None):
     "A pooling window's `Change`. Raises `ValueError` where it would be shifted."
     n = int(type(layer).__name__[-2])
     given = (layer.kernel_size, layer.stride, layer.padding,
@@ -314,7 +318,8 @@ def _pool_change(name, layer, scale):
     k, stride, padding, dilation = (_each(v, n) for v in given)
     sizes, before, after = [], [], []
     for i in range(n):
-        axis = Axis(k[i], stride[i], padding[i], padding[i], dilation[i])
+        rest = shape[i - n] % stride[i] if shape else 0
+        axis = Axis(k[i], stride[i], padding[i], padding[i], dilation[i], rest=rest)
         size, c = round(scale * (axis.reach + 1)), axis.centre(scale)
         front = (size - 1) / 2 - c
         if abs(front - round(front)) > 1e-9:
@@ -331,7 +336,9 @@ def _pool_change(name, layer, scale):
         values = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
     what = f"{type(layer).__name__}, window {'×'.join(map(str, k))} to "
     what += "×".join(map(str, sizes))
-    if before == after: return Change(name, what, values=values)
+    # PyTorch's pools pad by half a window at most.
+    small = all(2 * p <= size for p, size in zip(before, sizes))
+    if before == after and small: return Change(name, what, values=values)
     if values.get("count_include_pad") is False: raise ValueError(_UNEVEN.format(name))
     values["padding"] = 0
     fill = -math.inf if isinstance(layer, _MAX) else 0.
@@ -344,7 +351,7 @@ _HALF = ("the pooling window of {0!r}, {1}, would be shifted by part of a pixel 
 _UNEVEN = ("the average pool {0!r} would need unequal padding that is not counted:"
            " leave it out, select={{{0!r}: 1}}")
 
-# %% ../nbs/14_resize.ipynb #3302cb65
+# %% ../nbs/14_resize.ipynb #3b1909bb
 def reduction(
     n: int,        # small pixels
     large: int,    # large pixels
@@ -380,7 +387,7 @@ def _linear_change(name, layer, shape, new, mode):   # shapes: (C, H, W) or (C, 
     what = f"Linear on a map of {old}, now {grown}"
     return Change(name, what, maps, dict(in_features=math.prod(new)))
 
-# %% ../nbs/14_resize.ipynb #edc0300f
+# %% ../nbs/14_resize.ipynb #f2694a42
 def _patch_change(name, layer, scale):
     "The `Change` of a patch embedding."
     grown = lambda v: tuple(_whole_pixels(name, scale * n) for n in v)
@@ -425,7 +432,7 @@ _NO_PATCH = ("{!r} is no patch embedding that can be resized: a convolution with
 _FRACTION = "{!r} would have {:g} pixels: choose a scale that gives whole numbers"
 _NO_GRID = "{!r} of shape {} has no grid of {} positions"
 
-# %% ../nbs/14_resize.ipynb #b3c3213b
+# %% ../nbs/14_resize.ipynb #9180db04
 def _attention_changes(name, layer, tokens, ratio):
     "The `Change`s that scale the queries, for `ratio` times as many tokens."
     if not tokens > 1: raise ValueError(_TOKENS.format(name, tokens))
@@ -462,7 +469,7 @@ _TOKENS = "attention in {!r} needs a number of tokens above 1, got {!r}"
 _NO_QUERIES = ("{!r} computes no queries that are known: name an attention block, an"
                " nn.MultiheadAttention, or the linear layer that makes the queries")
 
-# %% ../nbs/14_resize.ipynb #7f2ecde5
+# %% ../nbs/14_resize.ipynb #d31cff67
 class _Watch(TorchFunctionMode):
     "Marks tensors with the map that they are a flattened form of."
     _FLAT = {"flatten", "reshape", "view"}
@@ -504,7 +511,7 @@ def _watched(net, example):
 _NO_EXAMPLE = ("the network does not run on the example: {}: {}. Give an input of the"
                " original size, or a tuple of all that it takes")
 
-# %% ../nbs/14_resize.ipynb #4b10ed3c
+# %% ../nbs/14_resize.ipynb #230895e8
 def _scale_for(select, scale):
     "The selection as a function (name, layer) -> scale."
     if select is None: return lambda name, layer: scale
@@ -532,16 +539,17 @@ def _told(what, name):
 _NO_SELECTION = ("select must be None, a name pattern, a layer type, a list of these, a"
                  " function (name, layer) -> bool, or a dictionary of scales; got {}")
 
-# %% ../nbs/14_resize.ipynb #acd0df15
+# %% ../nbs/14_resize.ipynb #35df602e
 _STAY = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Bilinear, nn.RNNBase,
          nn.RNNCellBase)
 
-def _layer_changes(name, layer, scale, say):
+def _layer_changes(name, layer, scale, say, shape):
     "The changes of one layer, as a list. Raises `ValueError` for what is not known."
     if _is_kind(layer, (*_CONVS, *_TURNED)):
-        change = _conv_change(name, layer, scale, say.mode, say.rho, say.dense)
+        change = _conv_change(name, layer, scale, say.mode, say.rho, say.dense, shape)
         return [] if change is None else [change]
-    if _is_kind(layer, (*_MAX, *_MEAN)): return [_pool_change(name, layer, scale)]
+    if _is_kind(layer, (*_MAX, *_MEAN)):
+        return [_pool_change(name, layer, scale, shape)]
     if isinstance(layer, nn.Linear):
         shape = say.flat_shape(name, layer)
         if shape is None: return []
@@ -566,7 +574,7 @@ def _is_kind(layer, kinds):
 def _is_padding(layer):
     return type(layer).__module__ == "torch.nn.modules.padding"
 
-# %% ../nbs/14_resize.ipynb #c9625226
+# %% ../nbs/14_resize.ipynb #935b6386
 def _refuse_unknown(name, layer, say):
     "Raises `ValueError` for a layer that may hold something spatial."
     if isinstance(layer, nn.Unflatten): raise ValueError(_UNFLAT.format(name))
@@ -608,7 +616,7 @@ _COMPUTED = ("{} computes its weight from other parameters (a parametrization, o
 _LAZY = "{} is lazy: run the network once before resizing it"
 _NO_NAMES = "{} must be a dictionary or a list of names, got {}"
 
-# %% ../nbs/14_resize.ipynb #3c94041a
+# %% ../nbs/14_resize.ipynb #7388e235
 @dataclass
 class _Said:
     "What the caller said, and what was seen on the example."
@@ -640,7 +648,7 @@ _MAYBE_FLAT = ("the linear layer {0!r} takes {1} numbers, which may be a flatten
                " flat={{{0!r}: None}} if it is none, or give an example input, from"
                " which this is seen")
 
-# %% ../nbs/14_resize.ipynb #0cb3682d
+# %% ../nbs/14_resize.ipynb #9b9f0186
 def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
           attention=False, example=None, rho=0.98, dense=False):
     "[(name, layer, its changes)] for all layers. Raises `ValueError` or `TypeError`."
@@ -657,7 +665,7 @@ def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
         s, changes = scale_of(name, layer), []
         if s != 1:
             if _told(patches, name): changes = [_patch_change(name, layer, s)]
-            else: changes = _layer_changes(name, layer, s, say)
+            else: changes = _layer_changes(name, layer, s, say, shapes.get(name))
             changes += _grid_changes(name, layer, s, say)
             changes += _queries(name, layer, s, attention, shapes, len(image) or 2)
             for change in changes: _check_fits(change, image, s)
@@ -668,7 +676,7 @@ def _plan(net, scale, mode, select=None, flat=None, grids=None, patches=None,
     _check_names(rows, dict(flat=flat, grids=grids, patches=patches, select=select))
     return rows
 
-# %% ../nbs/14_resize.ipynb #8a833390
+# %% ../nbs/14_resize.ipynb #955e3b3e
 def _not_layers(net):
     "Modules that hold further parameter sets, or that are known not to see maps."
     skipped = set()
@@ -731,7 +739,7 @@ _TOO_LARGE = ("the kernel of {!r} would reach over {} pixels, more than the imag
               " {:g} ({} times {}): use a smaller scale")
 _NOTHING = "{} names {!r}, and the network has nothing of that name"
 
-# %% ../nbs/14_resize.ipynb #29868506
+# %% ../nbs/14_resize.ipynb #373c9e0f
 def resize_kernels(
     net: nn.Module,           # any network, or a DPI model; it is not modified
     scale: float,             # of the images, above 0: 2 for twice the pixels a side
@@ -751,7 +759,7 @@ def resize_kernels(
     resized = _changed(net, [c for _, _, changes in rows for c in changes])
     return _remember(resized, net, rows, dict(scale=scale, mode=mode))
 
-# %% ../nbs/14_resize.ipynb #209455e8
+# %% ../nbs/14_resize.ipynb #8aa9778f
 def _changed(net, changes, which="maps"):
     "A copy of `net` with the changes made; `which` may be \"kept\", see `slide`."
     twin, maps = deep_copy(net), {}
@@ -788,7 +796,7 @@ def _replace(net, name, around):
 _TIED = ("{!r} shares its {!r} with a layer of another geometry, and one parameter"
          " cannot be resized in two ways: untie them first")
 
-# %% ../nbs/14_resize.ipynb #2848329d
+# %% ../nbs/14_resize.ipynb #5e1ad700
 def _change_sets(model, maps):
     "Makes the changes in the further parameter sets of a DPI model."
     for name, p in model.net.named_parameters():
@@ -828,7 +836,7 @@ def _put(tree, name, f):
 _NO_PART = "parameter sets of the kind {} cannot be resized"
 _GAINED = "{0!r} has gains for each position: leave it out, select={{{0!r}: 1}}"
 
-# %% ../nbs/14_resize.ipynb #e27465cf
+# %% ../nbs/14_resize.ipynb #98fa5d91
 def _remember(resized, net, rows, call):
     "Notes the new sizes on the network, for `save_model`."
     inner = {f"{n}.net" if n else "net": m.net for n, m in resized.named_modules()
@@ -852,7 +860,7 @@ def _sizes(net, change):
     shapes = {leaf: list(layer.get_parameter(leaf).shape) for leaf in change.maps}
     return dict(values=change.values, shapes=shapes)
 
-# %% ../nbs/14_resize.ipynb #df5a62a4
+# %% ../nbs/14_resize.ipynb #21fcd23c
 class Row(NamedTuple):
     "A line of a report."
     name: str       # of the layer; empty for what is called as a function
@@ -878,7 +886,7 @@ def resize_report(
         found += [Row("", f, False, "called as a function: as it is") for f in calls]
     return found
 
-# %% ../nbs/14_resize.ipynb #e6a50929
+# %% ../nbs/14_resize.ipynb #cc9a54af
 _SPATIAL = ("avg_pool", "max_pool", "interpolate", "pad", "conv1d", "conv2d", "conv3d",
             "conv_transpose", "unfold", "grid_sample")
 
@@ -903,7 +911,7 @@ def _spatial_calls(net, example):
     with torch.no_grad(), Listen(): twin(*args)
     return list(found)
 
-# %% ../nbs/14_resize.ipynb #bca64cd3
+# %% ../nbs/14_resize.ipynb #1585f9ad
 @dataclass(frozen=True)
 class Slid:
     "The sets of a DPI model twice, as they are and resized, along one curve more."
@@ -941,7 +949,7 @@ class Both(nn.Module):
         if self.curves == 2: own = own.unsqueeze(-1)
         return torch.cat([own, mu.to(own).unsqueeze(-1)], -1)
 
-# %% ../nbs/14_resize.ipynb #25a02073
+# %% ../nbs/14_resize.ipynb #bb04f4d5
 def slide(
     net: nn.Module,         # a network, or a DPI model of one scalar; not modified
     scale: float,           # of the images, at least 1
@@ -972,7 +980,7 @@ def slide(
     kind = Slid(net.recipe, tuple(part.count for part in net.sets.parts))
     return DPI(nets[0], Both(copy.deepcopy(own), lam), kind, chosen, nets[1:])
 
-# %% ../nbs/14_resize.ipynb #ac8bc9f1
+# %% ../nbs/14_resize.ipynb #17013dc1
 def _corners(net):
     "Plain networks: a network itself, or θ⁰, θ¹, … of a DPI model."
     if not isinstance(net, DPI): return [net]
@@ -1002,7 +1010,7 @@ _SMALLER = "the original kernel of {!r} does not fit into the resized one"
 _SHRINKS = ("{!r} is not padded to keep the image's size, so original and resized"
             " layers give images of different sizes")
 
-# %% ../nbs/14_resize.ipynb #e62a73f9
+# %% ../nbs/14_resize.ipynb #7c39e077
 class StepLambda(_Lambda):
     "λ = 0 below `at` and 1 from there on: the switch of ScaleCrafter and FouriScale."
     def __init__(

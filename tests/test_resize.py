@@ -324,3 +324,12 @@ def test_bad_slides():
     with pytest.raises(ValueError, match="images of different sizes"):
         slide(nn.Conv2d(1, 1, 3), 2)
     assert StepLambda(5, 0, 9)(torch.tensor([4.9, 5., 9])).tolist() == [0, 1, 1]
+
+
+def test_strides_that_do_not_divide_need_an_example_and_then_fit():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.MaxPool2d(3, 2, 1), nn.Conv2d(2, 2, 3, 2, 1), nn.Conv2d(2, 2, 2, 2))
+    for n in (17, 18, 21, 23, 30, 31):
+        small = net(torch.randn(1, 1, n, n))
+        for s, mode in itertools.product((2, 3), EXACT):
+            large = resize_kernels(net, s, mode, example=torch.randn(1, 1, n, n))
+            assert large(torch.randn(1, 1, s * n, s * n)).shape[2:] == tuple(s * k for k in small.shape[2:]), (n, s, mode)
