@@ -24,7 +24,7 @@ _public = {
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
     "build": "build_model save_model load_model",
-    "resize": "resize_kernels resize_report kernel_matrix slide StepLambda AtScale",
+    "resize": "resize_kernels resize_report kernel_matrix slide StepLambda",
     "draws": "draw_unit ImportanceDraws",
     "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
     "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",

@@ -221,25 +221,34 @@ def dpi_sample(
 # %% ../nbs/53_cli.ipynb #r3s1zec1
 def _larger(e, model, shape, scale, layers, mode, slide):
     "The model for images `scale` times as large, and their shape."
-    from dpi_nbdev.resize import StepLambda, resize_kernels, slide as slid
-    C, *sides = shape
-    sides = [scale * n for n in sides]
-    how = dict(mode=mode, select=None if layers == "*" else layers)
-    if slide is None: model = resize_kernels(model, scale, **how)
+    import torch
+    from dpi_nbdev.dpi import DPI
+    from dpi_nbdev.resize import resize_kernels, slide as slid
+    how, process = dict(mode=mode, select=None if layers == "*" else layers), e.make_process()
+    if slide is None: large = resize_kernels(model, scale, **how)
+    elif not isinstance(model, DPI): raise ValueError(_NO_SETS.format(e.conditioning))
     else:
-        process = e.make_process()
         noise = "s_max" if process.noise_at == process.s_max else "s_min"
-        ends = process.s_min, process.s_max
-        match = re.fullmatch(r"linear|switch-(0?\.\d+)", slide)
-        if match is None: raise ValueError(_NO_SLIDE.format(slide))
-        from dpi_nbdev.monotone import LinearLambda
-        lam = LinearLambda(*ends)
-        if match[1]: lam = StepLambda(ends[0] + float(match[1]) * (ends[1] - ends[0]), *ends)
-        model = slid(model, scale, lam, noise_at=noise, **how)
+        large = slid(model, scale, _curve(slide, process), noise_at=noise, **how)
+    sides = [scale * n for n in shape[1:]]
     if any(n != round(n) for n in sides): raise ValueError(_PART.format(scale, *sides))
-    return model.eval(), (C, *map(round, sides))
+    shape = (shape[0], *map(round, sides))
+    # Images that the network cannot take are refused before there are files.
+    with torch.no_grad(): large.eval()(torch.zeros(1, *shape), process.s_max)
+    return large, shape
+
+def _curve(words, process):
+    "The slide that `linear` or `switch-0.5` stands for."
+    from dpi_nbdev.monotone import LinearLambda
+    from dpi_nbdev.resize import StepLambda
+    match = re.fullmatch(r"linear|switch-(0?\.\d+)", words)
+    if match is None: raise ValueError(_NO_SLIDE.format(words))
+    low, high = process.s_min, process.s_max
+    if not match[1]: return LinearLambda(low, high)
+    return StepLambda(low + float(match[1]) * (high - low), low, high)
 
 _NO_SCALE = "layers, mode and slide are about larger images: give a scale as well"
+_NO_SETS = "slide is for DPI models, and this one is told the scalar by {!r}"
 _NO_SLIDE = "slide must be linear, or switch-0.5 for a step in the middle; got {!r}"
 _PART = "scale={:g} makes images of {:g}×{:g} pixels: give one that makes whole numbers"
 

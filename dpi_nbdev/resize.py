@@ -911,7 +911,7 @@ def _spatial_calls(net, example):
     with torch.no_grad(), Listen(): twin(*args)
     return list(found)
 
-# %% ../nbs/14_resize.ipynb #1585f9ad
+# %% ../nbs/14_resize.ipynb #ce5e8697
 @dataclass(frozen=True)
 class Slid:
     "The sets of a DPI model twice, as they are and resized, along one curve more."
@@ -949,7 +949,7 @@ class Both(nn.Module):
         if self.curves == 2: own = own.unsqueeze(-1)
         return torch.cat([own, mu.to(own).unsqueeze(-1)], -1)
 
-# %% ../nbs/14_resize.ipynb #bb04f4d5
+# %% ../nbs/14_resize.ipynb #fb0892e1
 def slide(
     net: nn.Module,         # a network, or a DPI model of one scalar; not modified
     scale: float,           # of the images, at least 1
@@ -980,7 +980,7 @@ def slide(
     kind = Slid(net.recipe, tuple(part.count for part in net.sets.parts))
     return DPI(nets[0], Both(copy.deepcopy(own), lam), kind, chosen, nets[1:])
 
-# %% ../nbs/14_resize.ipynb #17013dc1
+# %% ../nbs/14_resize.ipynb #84e7c4cb
 def _corners(net):
     "Plain networks: a network itself, or θ⁰, θ¹, … of a DPI model."
     if not isinstance(net, DPI): return [net]
@@ -1010,7 +1010,7 @@ _SMALLER = "the original kernel of {!r} does not fit into the resized one"
 _SHRINKS = ("{!r} is not padded to keep the image's size, so original and resized"
             " layers give images of different sizes")
 
-# %% ../nbs/14_resize.ipynb #7c39e077
+# %% ../nbs/14_resize.ipynb #4652de88
 class StepLambda(_Lambda):
     "λ = 0 below `at` and 1 from there on: the switch of ScaleCrafter and FouriScale."
     def __init__(
