@@ -333,3 +333,43 @@ def test_strides_that_do_not_divide_need_an_example_and_then_fit():
         for s, mode in itertools.product((2, 3), EXACT):
             large = resize_kernels(net, s, mode, example=torch.randn(1, 1, n, n))
             assert large(torch.randn(1, 1, s * n, s * n)).shape[2:] == tuple(s * k for k in small.shape[2:]), (n, s, mode)
+
+
+def test_queries_of_an_attention_of_ones_own_are_named():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        def forward(self, x):
+            return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+    net = Attention()
+    large = resize_kernels(net, 2, attention={"q": 16})
+    by = math.sqrt(math.log(64) / math.log(16))
+    assert torch.allclose(large.q.weight, by * net.q.weight) and torch.allclose(large.q.bias, by * net.q.bias)
+    assert torch.equal(large.k.weight, net.k.weight)
+    with pytest.raises(ValueError, match="computes no queries"):
+        resize_kernels(nn.Sequential(nn.ReLU()), 2, attention={"0": 16})
+
+
+@pytest.mark.parametrize("layers, message", [
+    ({"nothing": dict(values={}, shapes={})}, "'nothing' is not part of it"),
+    ({"m_head": dict(values={"forward": 1}, shapes={})}, "has a size 'forward', which is unknown")])
+def test_a_saved_note_of_what_is_not_there_is_refused(layers, message):
+    from dpi_nbdev.build import _rebuild
+    node = {"type": "DRUNet", "in_channels": 1, "out_channels": 1, "widths": [4, 8], "n_blocks": 1, "resized": dict(calls=[], layers=layers)}
+    with pytest.raises(ValueError, match=message):
+        _rebuild(node)
+
+
+def test_gains_for_each_position_and_unknown_sets_are_refused():
+    class Grid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos = nn.Parameter(torch.randn(16, 3))
+        def forward(self, x): return x + self.pos
+    model = DPI(Grid(), MonotoneLambda(5), sets=Gains(1), select="pos")
+    with pytest.raises(ValueError, match="has gains for each position"):
+        resize_kernels(model, 2, grids={"net.pos": (4, 4)})
+    assert resize_kernels(DPI(Grid(), MonotoneLambda(5)), 2, grids={"pos": (4, 4)}).theta()[1]["pos"].shape == (64, 3)
+    low = DPI(Grid(), MonotoneLambda(5), sets=LowRank(2))
+    assert resize_kernels(low, 2, grids={"pos": (4, 4)}).theta()[1]["pos"].shape == (64, 3)
