@@ -23,6 +23,7 @@ _public = {
     "conditioning": "TMap SigmaMap NCSNv2 TimestepMLP Unconditional LabelMap film",
     "drunet": "DRUNet OnesChannel Padded",
     "adm": "ADM",
+    "resize": "resize_kernels resize_report kernel_matrix slide StepLambda",
     "draws": "draw_unit ImportanceDraws",
     "diffusion": "Process VPDiffusion DiffusionLoss",
     "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.conditioning import *
     from dpi_nbdev.drunet import *
     from dpi_nbdev.adm import *
+    from dpi_nbdev.resize import *
     from dpi_nbdev.draws import *
     from dpi_nbdev.diffusion import *
     from dpi_nbdev.flow import *

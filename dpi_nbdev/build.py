@@ -194,21 +194,44 @@ def _describe(module: nn.Module) -> dict:
         values["sets"] = [_note_kind(kind) | dict(names=[*part.names])
                           for kind, part in kinds]
     note = lambda v: _describe(v) if isinstance(v, nn.Module) else {"table": len(v)} if isinstance(v, Tensor) else v
-    return {"type": type(module).__name__, **{k: note(v) for k, v in values.items()}}
+    sizes = {"resized": module.resized} if hasattr(module, "resized") else {}
+    return {"type": type(module).__name__, **{k: note(v) for k, v in values.items()}, **sizes}
 
 def _rebuild(node: dict) -> nn.Module:
     "The module that `_describe` described, with weights of its own. Raises `ValueError` for a class or a setting that is not ours."
     if node["type"] not in _SAVABLE: raise ValueError(f"this version of dpi_nbdev knows no model class {node['type']!r}, only {', '.join(_SAVABLE)}")
     make = lambda v: v if not isinstance(v, dict) else _rebuild(v) if "type" in v else torch.ones(v["table"])
-    values = {k: make(v) for k, v in node.items() if k != "type"}
+    values = {k: make(v) for k, v in node.items() if k not in ("type", "resized")}
     if node["type"] == "DPI":
         # Models saved before there were kinds of sets list the names alone.
         notes = values.pop("sets", [_note_kind(Full(2)) | dict(names=values.get("select"))])
         values["sets"] = tuple(map(_read_kind, notes))
         values["select"] = {type(kind): _exactly(note["names"])
                             for kind, note in zip(values["sets"], notes)}
-    try: return _SAVABLE[node["type"]](**values)
+    try:
+        module = _SAVABLE[node["type"]](**values)
+        return _reshaped(module, node["resized"]) if "resized" in node else module
     except (TypeError, ValueError) as e: raise ValueError(f"this version of dpi_nbdev cannot build the saved {node['type']}: {e}") from e
+
+# %% ../nbs/27_build.ipynb #r3s1zed1
+def _reshaped(module, note):
+    "Gives layers the sizes that `resize_kernels` noted. Raises `ValueError`."
+    for name, layer in note["layers"].items():
+        try: m = module.get_submodule(name)
+        except AttributeError as e: raise ValueError(_NO_LAYER.format(name)) from e
+        for k, v in layer["values"].items():
+            if k not in _SIZES: raise ValueError(_NO_SIZE.format(name, k))
+            setattr(m, k, tuple(v) if isinstance(v, list) else v)
+        for leaf, shape in layer["shapes"].items():
+            p = m.get_parameter(leaf)
+            m._parameters[leaf] = nn.Parameter(p.new_empty(shape), p.requires_grad)
+    module.resized = note
+    return module
+
+_SIZES = ("kernel_size", "padding", "dilation", "output_padding", "stride",
+          "in_features", "num_embeddings")
+_NO_LAYER = "a resized layer {!r} is not part of it"
+_NO_SIZE = "{!r} has a size {!r}, which is unknown"
 
 # %% ../nbs/27_build.ipynb #0e60f4f4
 def save_model(

@@ -188,6 +188,10 @@ def dpi_sample(
     batch_size: int = 64,    # images at a time
     grid: str = None,        # also write a picture of the first 64 images to this file
     png: str = None,         # also write every image to this folder
+    scale: float = None,     # sample larger images, by resized kernels: 2 for twice
+    layers: str = "*",       # with --scale: which layers, such as "*m_body*"
+    mode: str = "matched",   # with --scale: matched, hat, nearest, dilate, align-corners
+    slide: str = None,       # with --scale: "linear" along the noise level, or "switch-0.5"
     device: str = None,      # cpu, cuda or mps; a GPU if there is one
     label: str = None,       # of a run with labels: 3, or 3,5,8 in turn; all in turn if not given
     guidance: float = 1.,    # weight of the label: above 1 exaggerates it
@@ -207,10 +211,16 @@ def dpi_sample(
     for folder in (png, grid and Path(grid).parent): folder and output_folder(folder)     # said now rather than after the work
     if grid and Path(grid).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise ValueError(f"grid must be a file that ends in .png, .jpg or .webp, got {grid!r}")
     about = dict(sampler=e.sampler, steps=e.sampler_steps, model=identity)
+    shape = tuple(results["shape"])
+    if scale is None and (slide, layers, mode) != (None, "*", "matched"):
+        raise ValueError(_NO_SCALE)
+    if scale is not None:
+        model, shape = _larger(e, model, shape, scale, layers, mode, slide)
+        about |= dict(scale=scale, layers=layers, mode=mode, slide=slide)
     labels = _labels(label, classes, e.n_samples)
     model, how = _guided(model.to(device), classes, guidance, rescale, interval)
     draw = lambda x, streams, *y: e.sample(model, x, streams, progress=False, cond=y)
-    parts = generate_samples(draw, e.n_samples, tuple(results["shape"]), out, seed,
+    parts = generate_samples(draw, e.n_samples, shape, out, seed,
                              batch_size, about | how, rank, world, device,
                              progress=rank == 0, labels=labels)
     if rank: return
@@ -219,6 +229,40 @@ def dpi_sample(
     if grid: save_grid(images[:64], grid, ncol=8)
     if png: save_pngs(images, png)
     print(f"{len(images):,} images of {images.shape[1]}×{images.shape[2]} in {out}")
+
+# %% ../nbs/53_cli.ipynb #r3s1zec1
+def _larger(e, model, shape, scale, layers, mode, slide):
+    "The model for images `scale` times as large, and their shape."
+    import torch
+    from dpi_nbdev.dpi import DPI
+    from dpi_nbdev.resize import resize_kernels, slide as slid
+    how, process = dict(mode=mode, select=None if layers == "*" else layers), e.make_process()
+    if slide is None: large = resize_kernels(model, scale, **how)
+    elif not isinstance(model, DPI): raise ValueError(_NO_SETS.format(e.conditioning))
+    else:
+        noise = "s_max" if process.noise_at == process.s_max else "s_min"
+        large = slid(model, scale, _curve(slide, process), noise_at=noise, **how)
+    sides = [scale * n for n in shape[1:]]
+    if any(n != round(n) for n in sides): raise ValueError(_PART.format(scale, *sides))
+    shape = (shape[0], *map(round, sides))
+    # Images that the network cannot take are refused before there are files.
+    with torch.no_grad(): large.eval()(torch.zeros(1, *shape), process.s_max)
+    return large, shape
+
+def _curve(words, process):
+    "The slide that `linear` or `switch-0.5` stands for."
+    from dpi_nbdev.monotone import LinearLambda
+    from dpi_nbdev.resize import StepLambda
+    match = re.fullmatch(r"linear|switch-(0?\.\d+)", words)
+    if match is None: raise ValueError(_NO_SLIDE.format(words))
+    low, high = process.s_min, process.s_max
+    if not match[1]: return LinearLambda(low, high)
+    return StepLambda(low + float(match[1]) * (high - low), low, high)
+
+_NO_SCALE = "layers, mode and slide are about larger images: give a scale as well"
+_NO_SETS = "slide is for DPI models, and this one is told the scalar by {!r}"
+_NO_SLIDE = "slide must be linear, or switch-0.5 for a step in the middle; got {!r}"
+_PART = "scale={:g} makes images of {:g}×{:g} pixels: give one that makes whole numbers"
 
 # %% ../nbs/53_cli.ipynb #c0d0a201
 def _labels(label, classes, n):

@@ -127,6 +127,22 @@ def test_a_full_disk_while_sampling_is_named(trained, tmp_path, monkeypatch):
     assert f"{str(array)!r} was not written: No space left" in e.value.strerror
 
 
+def test_a_run_makes_larger_images(trained, tmp_path):
+    sample = ("dpi_sample", trained, "--n", 4, "--steps", 3, "--scale", 2, "--layers", "*m_body*", "--out")
+    for name, more in (("a", ()), ("b", ("--slide", "linear")), ("c", ("--slide", "switch-0.5"))):
+        done = call(*sample, tmp_path / f"{name}.npz", *more)
+        assert done.returncode == 0 and "4 images of 16×16" in done.stdout, done.stderr
+        assert np.load(tmp_path / f"{name}.npz")["arr_0"].shape == (4, 16, 16, 1)
+    a, b, c = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in "abc")
+    assert (a != b).any() and (b != c).any()
+    for args, message in ((("--scale", "nan"), "scale must be above 0"), (("--scale", 1.3), "whole numbers"),
+                          (("--mode", "hat"), "give a scale as well"), (("--scale", 1.125), "H and W must divide by"),
+                          (("--scale", 2, "--slide", "fast"), "slide must be linear")):
+        done = call("dpi_sample", trained, "--out", tmp_path / "never.npz", *args)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and message in done.stderr, done.stderr
+    assert not list(tmp_path.glob("never*"))
+
+
 def test_sampling_is_the_same_when_killed_and_on_two_ranks(trained, tmp_path):
     sample = ("dpi_sample", trained, "--n", 96, "--steps", 40, "--sampler", "ddim-eta1", "--batch-size", 8, "--out")
     whole = call(*sample, tmp_path / "whole.npz", "--png", tmp_path / "png", "--grid", tmp_path / "grid.png")
