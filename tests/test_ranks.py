@@ -16,10 +16,13 @@ import os, signal, sys
 from dataclasses import replace
 import torch
 from torch import nn
+from dpi_nbdev.conditioning import LabelMap
+from dpi_nbdev.core import each
 from dpi_nbdev.data import digits
 from dpi_nbdev.diffusion import DiffusionLoss, VPDiffusion
 from dpi_nbdev.dpi import DPI
 from dpi_nbdev.flow import FlowLoss, FlowMatching
+from dpi_nbdev.guidance import DropLabels
 from dpi_nbdev.monotone import MonotoneLambda
 from dpi_nbdev.training import TrainingStopped, TrainSettings, Run, train
 
@@ -30,19 +33,27 @@ data = digits()
 def model(objective):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
-    return DPI(net, MonotoneLambda(1000, objective.process.s_min, objective.process.s_max), init="fresh")
+    process = getattr(objective, "objective", objective).process
+    if isinstance(objective, DropLabels):
+        net[0] = nn.Conv2d(12, 8, 3, padding=1)
+        net = LabelMap(net, 10)
+    lam = MonotoneLambda(1000, process.s_min, process.s_max)
+    return DPI(net, lam, init="fresh")
 
 few = TrainSettings(steps=12, batch_size=32, phi_lr=0.1)
 two = int(os.environ.get("WORLD_SIZE", 1))
 cases = dict(plain=(DiffusionLoss(VPDiffusion()), few),
              groups=(DiffusionLoss(VPDiffusion(), groups=8), replace(few, accumulate=8 // two)),
+             labels=(DropLabels(DiffusionLoss(VPDiffusion()), null=10, share=0.3),
+                     replace(few, accumulate=2, flip=True)),
              flow=(FlowLoss(FlowMatching(), antithetic=True), replace(few, flip=True)))
 if "cases" in sys.argv:
     for name, (objective, settings) in cases.items():
         net, seen = model(objective), []
+        parts = data.labelled() if name == "labels" else data
         real = Run.batch
-        Run.batch = lambda self: (x := real(self), seen.append(x.clone()))[0]
-        end = train(net, objective, data.train, settings, held_out=data.held_out, check_every=6, progress=False)
+        Run.batch = lambda self: (x := real(self), seen.append(each(torch.clone, x)))[0]
+        end = train(net, objective, parts.train, settings, held_out=parts.held_out, check_every=6, progress=False)
         Run.batch = real
         torch.save(dict(losses=end.losses, held_out=end.held_out, seen=seen, network=dict(net.state_dict()), average=dict(end.model.state_dict())), f"{out}/{name}-{rank}of{two}.pt")
 if "resume" in sys.argv:
@@ -76,11 +87,13 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "groups", "flow"])
+@pytest.mark.parametrize("case", ["plain", "groups", "labels", "flow"])
 def test_two_ranks_are_one(out, case):
     one, first, second = (torch.load(out / f"{case}-{name}.pt", weights_only=True) for name in ("0of1", "0of2", "1of2"))
-    for whole, a, b in zip(one["seen"], first["seen"], second["seen"]):
-        assert torch.equal(whole, torch.cat([a, b]))  # the same images, in this order
+    parts = lambda x: x if isinstance(x, tuple) else (x,)
+    for steps in zip(one["seen"], first["seen"], second["seen"]):
+        for whole, a, b in zip(*map(parts, steps)):
+            assert torch.equal(whole, torch.cat([a, b]))  # the same, in this order
     for part in ("network", "average"):
         for k in first[part]:  # in sync: both take the one gradient that was reduced
             assert torch.equal(first[part][k], second[part][k])
