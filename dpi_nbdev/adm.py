@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from fastcore.basics import patch
 
+from .conditioning import as_labels
 from .dpi import DPI
 from .ways import LAYER_RULES, norm_rule
 from .drunet import load_exactly, read_checkpoint
@@ -166,12 +167,13 @@ class ADM(nn.Module):
         head_channels: int | None = 64,      # channels of an attention head; None: `n_heads` decides
         image_size: int = 64,                # side of the images that `attention_at` refers to
         embedding: bool = False,             # timestep embedding: forward takes (x, t)
-        n_classes: int | None = None,        # class embedding: forward takes (x, t, y); needs `embedding`
+        n_classes: int | None = None,        # class embedding: forward takes (x, t, y); without `embedding` (x, y)
         resblock_updown: bool = True,        # resample in residual blocks, rather than by plain convolutions
         scale_shift: bool = True,            # the embedding scales and shifts, rather than adds; without embedding of no effect
         new_attention_order: bool = False,   # layout of qkv, see AttentionBlock
         dropout: float = 0.1,                # probability, in training mode
         n_heads: int = 4,                    # attention heads where head_channels is None
+        null_label: bool = False,            # one more label, n_classes, which says "no label"
     ):
         super().__init__()
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -182,8 +184,10 @@ class ADM(nn.Module):
     def forward(self,
         x: Tensor,                # (B, in_channels, H, W); H and W divide by 2^(levels - 1)
         t=None,                   # with embedding: number, () or (B,), the raw step index
-        y: Tensor | None = None,  # with classes: (B,) int64
+        y=None,                   # with classes: (B,) whole numbers, or one for all
     ) -> Tensor:                  # (B, out_channels, H, W)
+        # Without a timestep embedding the label is the second input.
+        if self.n_classes and not self.embedding and y is None: t, y = None, t
         _check_input(self, x, t, y)
         emb, h, skips = self._embed(x, t, y), x, []
         for stage in self.input_blocks: skips.append(h := stage(h, emb))
@@ -195,9 +199,9 @@ class ADM(nn.Module):
 @patch
 def _add_layers(self:ADM):
     "The embedding and the U, input_blocks, middle_block, output_blocks, out, for this network's settings."
-    d = 4 * self.width if self.embedding else None
-    if d: self.time_embed = nn.Sequential(nn.Linear(self.width, d), nn.SiLU(), nn.Linear(d, d))
-    if self.n_classes: self.label_emb = nn.Embedding(self.n_classes, d)
+    d = 4 * self.width if self.embedding or self.n_classes else None
+    if self.embedding: self.time_embed = nn.Sequential(nn.Linear(self.width, d), nn.SiLU(), nn.Linear(d, d))
+    if self.n_classes: self.label_emb = nn.Embedding(self.n_classes + self.null_label, d)
 
     widths, top = self.widths, len(self.widths) - 1
     res = lambda i, o, resample=None: ResidualBlock(i, o, d, self.scale_shift, self.dropout, resample)
@@ -221,11 +225,15 @@ def _add_layers(self:ADM):
 
 @patch
 def _embed(self:ADM, x, t, y):
-    "The embedding of t and y, (B, 4·width), or (1, 4·width) for a t that all samples share; None without embedding."
-    if not self.embedding: return None
-    t = torch.as_tensor(t, device=x.device).reshape(-1)
-    emb = self.time_embed(sinusoidal(t, self.width).to(self.time_embed[0].weight.dtype))
-    return emb if y is None else emb + self.label_emb(y)
+    "The sum of the embeddings of t and y, (B, 4·width), or (1, 4·width) of what all samples share; None without any."
+    label = time = None
+    if self.n_classes:
+        label = self.label_emb(as_labels(y, x, self.n_classes, self.null_label))
+    if self.embedding:
+        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        features = sinusoidal(t, self.width).to(self.time_embed[0].weight.dtype)
+        time = self.time_embed(features)
+    return label if time is None else time if label is None else time + label
 
 # %% ../nbs/12_adm.ipynb #3846d93e
 def _check_settings(**v) -> dict:
@@ -239,7 +247,8 @@ def _check_settings(**v) -> dict:
         if not isinstance(v[name], (tuple, list)) or not all(isinstance(m, (int, float)) and m > 0 for m in v[name]): raise ValueError(f"{name} must be a tuple of positive numbers, got {v[name]!r}")
         v[name] = tuple(v[name])
     if not 0 <= v["dropout"] < 1: raise ValueError(f"dropout must be a probability in [0, 1), got {v['dropout']!r}")
-    if v["n_classes"] and not v["embedding"]: raise ValueError("n_classes needs embedding=True: a class is told by way of the timestep embedding")
+    if not isinstance(v["null_label"], bool) or v["null_label"] and not v["n_classes"]:
+        raise ValueError(_NULL_LABEL.format(v["null_label"]))
     widths, L = [v["width"] * m for m in v["multipliers"]], len(v["multipliers"])
     if not widths or any(c % 32 for c in widths): raise ValueError(f"width × multiplier must be a multiple of 32 on every level (group norm has 32 groups), got {widths}")
     if v["image_size"] % 2 ** (L - 1): raise ValueError(f"image_size must divide by {2 ** (L - 1)} for {L} levels, got {v['image_size']}")
@@ -251,18 +260,24 @@ def _check_settings(**v) -> dict:
     return v
 
 def _check_input(net, x, t, y):
-    "Raises `ValueError` when (x, t, y) cannot go through `net`. Looks at shapes only, never at values."
+    "Raises `ValueError` when (x, t, y) cannot go through `net`. Looks at shapes only; `as_labels` looks at labels."
     if x.ndim != 4 or x.shape[1] != net.in_channels:
         raise ValueError(f"this ADM takes images (B, {net.in_channels}, H, W) (in_channels={net.in_channels}), got shape {tuple(x.shape)}")
     n = 2 ** (len(net.multipliers) - 1)
     if x.shape[2] % n or x.shape[3] % n or 0 in x.shape[2:]:
         raise ValueError(f"H and W must divide by {n}, since {len(net.multipliers)} levels halve the image {len(net.multipliers) - 1} times; got {x.shape[2]}×{x.shape[3]} (wrap the model in Padded(model, {n}) to have such images padded)")
     if (t is not None) != net.embedding:
-        raise ValueError("this ADM has a timestep embedding: call it as net(x, t)" if net.embedding else "this ADM has no timestep embedding (embedding=False), so it takes no t")
+        raise ValueError("this ADM has a timestep embedding: call it as net(x, t)" if net.embedding else _NO_TIME if net.n_classes else _NO_TIME + _NO_CLASSES)
     if (y is not None) != bool(net.n_classes):
-        raise ValueError(f"this ADM has {net.n_classes} classes: call it as net(x, t, y)" if net.n_classes else "this ADM has no classes (n_classes=None), so it takes no y")
-    for name, v in dict(t=t, y=y).items():
-        if isinstance(v, Tensor) and v.shape != x.shape[:1] and (name == "y" or v.ndim): raise ValueError(f"{name} must be one per sample, shape ({len(x)},){' or a single number' * (name == 't')}, got shape {tuple(v.shape)}")
+        inputs = "x, t, y" if net.embedding else "x, y"
+        raise ValueError(f"this ADM has {net.n_classes} classes: call it as net({inputs})" if net.n_classes else "this ADM has no classes (n_classes=None), so it takes no y")
+    if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
+        raise ValueError(f"t must be one per sample, shape ({len(x)},) or a single number, got shape {tuple(t.shape)}")
+
+_NULL_LABEL = ("null_label=True is one more label beside the n_classes of a network;"
+               " got {!r} for one without classes")
+_NO_TIME = "this ADM has no timestep embedding (embedding=False), so it takes no t"
+_NO_CLASSES = "; nor does it take labels, which it would with n_classes"
 
 # %% ../nbs/12_adm.ipynb #b0b24cdb
 def adm_stages(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .adm import ADM
-from .conditioning import (NCSNv2, SigmaMap, TimestepMLP, TMap, Unconditional,
-                                   film)
+from .conditioning import (LabelMap, NCSNv2, SigmaMap, TimestepMLP, TMap,
+                                   Unconditional, film, label_channels)
 from .core import atomic_write, output_folder, sealed, unsealed
 from .diffusion import Process, VPDiffusion, check_process
 from .dpi import DPI
@@ -89,8 +89,9 @@ def build_model(
     init: str = "copy",          # DPI's second set: a "copy" of the first, or drawn "fresh"
     seed: int | None = None,     # of the initial weights; None: PyTorch's global generator
     ones_channel: bool = False,  # a channel of ones for the bias-free DRUNet, see OnesChannel
+    classes: int | None = None,  # the model takes a label y, 0 to classes - 1; `classes` says "no label"
     **settings,                  # the backbone's; in_channels and out_channels count the image's channels
-) -> nn.Module:                  # model(x, s), in training mode as every new module
+) -> nn.Module:                  # model(x, s) or model(x, s, y), in training mode as every new module
     "A backbone with a conditioning. Raises `ValueError` for unknown names, and for combinations that make no sense, with the reason."
     kinds = read_sets(sets)
     _refuse(backbone, conditioning, lam, init, ones_channel)
@@ -98,9 +99,11 @@ def build_model(
     process = _as_process(process)
     _refuse_for(conditioning, process)
     extra = (conditioning in ("t_map", "sigma_map")) + ones_channel
+    told, settings = _label_settings(backbone, classes, settings)
     with _drawn_from(seed):
-        net = _backbone(backbone, conditioning == "mlp", extra, settings)
+        net = _backbone(backbone, conditioning == "mlp", extra + told, settings)
         if ones_channel: net = OnesChannel(net)
+        if told: net = LabelMap(net, classes)
         match conditioning:
             case "none": return Unconditional(net)
             case "ncsnv2": return NCSNv2(net, _tables(process)[1])
@@ -133,6 +136,17 @@ def _backbone(name, embedding, extra, settings) -> nn.Module:
     settings = {"out_channels": channels, **settings, "in_channels": channels + extra if whole else channels}
     return cls(**settings, **(dict(embedding=embedding) if name == "adm" else {}))
 
+def _label_settings(backbone, classes, settings) -> tuple:
+    "How many input channels a label takes, and the settings with those of the label."
+    if classes is None: return 0, settings
+    if clash := {"n_classes", "null_label"} & {*settings}:
+        raise ValueError(_TWICE_TOLD.format(" and ".join(sorted(clash))))
+    channels = label_channels(classes)   # raises for what is no number of classes
+    if backbone != "adm": return channels, settings
+    return 0, {**settings, "n_classes": classes, "null_label": True}
+
+_TWICE_TOLD = "classes says how many labels there are; leave {} out"
+
 @contextmanager
 def _drawn_from(seed):
     "In this context new weights are drawn from `seed`, and the global generator is as before afterwards. None: nothing changes."
@@ -164,7 +178,7 @@ def _refuse_for(conditioning, process):
         raise ValueError("the σ map of a flow would hold (1-t)/t, which is infinite at t = 0, where x is pure noise; use 't_map'")
 
 # %% ../nbs/27_build.ipynb #eac8f981
-_SAVABLE = {c.__name__: c for c in (DRUNet, ADM, OnesChannel, Padded, Unconditional, TMap, SigmaMap, NCSNv2, TimestepMLP, DPI, MonotoneLambda, LinearLambda, PaperLambda, Tents)}
+_SAVABLE = {c.__name__: c for c in (DRUNet, ADM, OnesChannel, Padded, LabelMap, Unconditional, TMap, SigmaMap, NCSNv2, TimestepMLP, DPI, MonotoneLambda, LinearLambda, PaperLambda, Tents)}
 _KINDS = {c.__name__: c for c in (Full, LowRank, Gains)}
 
 def _describe(module: nn.Module) -> dict:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['HELD_OUT_ROWS', 'VALIDATION_ROWS', 'FASHION_FOLDER', 'BERKELEY_FILES', 'ImageSplit', 'split_rows', 'digits', 'photos',
            'patches', 'from_uint8', 'ImageArray', 'as_nhwc', 'open_array', 'read_idx', 'idx_images', 'photo_patches',
-           'berkeley', 'load_images', 'Batches']
+           'berkeley', 'load_images', 'Labelled', 'Batches']
 
 # %% ../nbs/30_data.ipynb #e973d374
-import gzip, json, math, operator, os, warnings, zipfile, zlib
+import gzip, json, math, operator, os, re, warnings, zipfile, zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np, torch
 from fastcore.basics import patch
@@ -24,6 +25,8 @@ from .files import ImageFiles, ImageSource, read_image, read_labels
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSplit:
     "Images in [-1, 1] in disjoint parts: to train on, to report on, to choose by."
+    classes: ClassVar[int | None]           # below; declared for type checkers
+    labelled: ClassVar[Callable[..., tuple]]
     train: Tensor                           # (N, C, H, W) float32; or an ImageArray
     held_out: Tensor                        # (M, C, H, W), to report on; M may be 0
     train_labels: Tensor | None = None      # (N,) int64, where there are any
@@ -34,8 +37,14 @@ class ImageSplit:
     def __repr__(self):
         parts = {k: getattr(self, k) for k in ("train", "validation", "held_out")}
         shapes = [f"{k}={tuple(x.shape)}" for k, x in parts.items() if x is not None]
-        labels = "no labels" if self.train_labels is None else "with labels"
+        found, labels = self._labels(), "no labels"
+        if found: labels = f"with labels, {max(found) + 1} classes"
         return f"ImageSplit({', '.join(shapes)}, {labels})"
+
+    def _labels(self) -> list:
+        "All labels of all parts."
+        parts = self.train_labels, self.held_out_labels, self.validation_labels
+        return [v for y in parts if y is not None for v in y.tolist()]
 
 # %% ../nbs/30_data.ipynb #0b484fd2
 def split_rows(
@@ -220,9 +229,18 @@ def open_array(
         if isinstance(e, ValueError) and str(path) in str(e): raise
         raise ValueError(f"{str(path)!r} cannot be read: {e}") from e
     pixels = as_nhwc(pixels, layout, repr(str(path)))
+    if not (labels is None or hasattr(labels, "dtype") or _are_whole(labels)):
+        raise ValueError(_LABELS_IN_JSON.format(str(path.with_suffix(".json"))))
     if labels is not None and len(labels) != len(pixels):
         raise ValueError(f"there are {len(labels):,} labels for the {len(pixels):,} images in {str(path)!r}")
     return pixels, labels
+
+def _are_whole(labels):
+    "Is it a list of whole numbers?"
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    return isinstance(labels, list) and all(map(whole, labels))
+
+_LABELS_IN_JSON = "the labels in {!r} must be a list of whole numbers, one an image"
 
 def _open_npy(path):
     "The mapped array in a .npy file and the labels beside it."
@@ -258,13 +276,13 @@ def _open_npz(path):
 
 # %% ../nbs/30_data.ipynb #1d0be701
 def read_idx(
-    path,            # a file in MNIST's idx format, packed with gzip if it ends in .gz
+    path,            # a file in MNIST's idx format, packed with gzip or not
 ) -> np.ndarray:     # uint8, of the shape that the file says
     "An idx file of bytes. Raises `ValueError` when it is damaged or something else."
     path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
+    data = path.read_bytes()
     try:
-        with opened(path, "rb") as f: data = f.read()
+        if data[:2] == b"\x1f\x8b": data = gzip.decompress(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{str(path)!r} cannot be unpacked: {e}") from e
     if data[:3] != b"\0\0\x08": raise ValueError(_NO_IDX.format(str(path)))
@@ -282,45 +300,104 @@ _CUT_OFF = "{!r} is damaged: its {:,} bytes are not what its header says"
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"   # where Debian's package puts it
 
 def idx_images(
-    folder=FASHION_FOLDER,       # of four files in MNIST's layout
-    n_held_out: int = 500,       # images to report on, from the test files
-    seed: int = 0,               # decides which images, and their order
-    n_train: int | None = None,  # images to train on; None: all the others
-    n_validation: int = 0,       # images to choose by, from the training files
-) -> ImageSplit:                 # images (N, 1, H, W) as ImageArrays, and labels
-    """Fashion-MNIST, or whatever has its layout. Raises `FileNotFoundError` when it is
-    not there, and `ValueError` for damaged files or an impossible split."""
-    x, y, test_x, test_y = (read_idx(_idx_file(folder, name)) for name in _IDX_NAMES)
-    for images, labels in ((x, y), (test_x, test_y)):
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            shapes = images.shape, labels.shape
-            raise ValueError(_IDX_SHAPES.format(str(folder), *shapes))
-    train, _, validation = split_rows(len(x), n_train, 0, seed, n_validation)
-    order = torch.randperm(len(test_x), generator=_generator(seed, 1))
-    held_out = order[:_within("n_held_out", n_held_out, 0, len(test_x), len(test_x), 0)]
-    part = lambda pixels, rows: ImageArray(pixels[..., None], rows)
-    label = lambda numbers, rows: torch.from_numpy(numbers[rows.numpy()]).long()
-    split = ImageSplit(part(x, train), part(test_x, held_out),
-                       label(y, train), label(test_y, held_out))
-    if not n_validation: return split
-    return replace(split, validation=part(x, validation),
-                   validation_labels=label(y, validation))
+    source=FASHION_FOLDER,          # a folder in MNIST's layout, or a file of images
+    n_held_out: int | None = None,  # to report on, from the test files; None: up to 500
+    seed: int = 0,                  # decides which images, and their order
+    n_train: int | None = None,     # images to train on; None: all the others
+    n_validation: int = 0,          # images to choose by, from the training files
+) -> ImageSplit:                    # images (N, 1, H, W) as ImageArrays, and labels
+    """MNIST, Fashion-MNIST, EMNIST, KMNIST, whatever has their layout. Raises
+    `FileNotFoundError` for files that are not there, and `ValueError` for damaged ones,
+    for a folder of several sets, or for an impossible split."""
+    (x, y), *test = [_idx_pair(path) for path in _idx_files(source)]
+    array = lambda pixels: lambda rows: ImageArray(pixels[..., None], rows)
+    if not test:
+        rows = split_rows(len(x), n_train, n_held_out, seed, n_validation)
+        return _split(array(x), y, rows)
+    [(test_x, test_y)] = test
+    if test_x.shape[1:] != x.shape[1:]:
+        raise ValueError(_TWO_SIZES.format(str(source), x.shape[1:], test_x.shape[1:]))
+    most = len(test_x)
+    if n_held_out is None: n_held_out = min(500, most)
+    rows = split_rows(len(x), n_train, 0, seed, n_validation)
+    order = torch.randperm(most, generator=_generator(seed, 1))
+    held_out = order[:_within("n_held_out", n_held_out, 0, most, most, 0)]
+    return replace(_split(array(x), y, rows), held_out=array(test_x)(held_out),
+                   held_out_labels=test_y[held_out])
 
-_IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_IDX_SHAPES = "{!r} holds images of shape {} and labels of shape {}"
-_NO_IDX_FILE = ("there is no {} or {}.gz in {!r}; Fashion-MNIST comes with "
-                "`apt-get install dataset-fashion-mnist`, or give its files' folder")
+_TWO_SIZES = "the images to train on in {!r} are of {} pixels, those to test with of {}"
 
-def _idx_file(folder, name) -> Path:
-    "The file of that name, packed or not. Raises `FileNotFoundError` with advice."
-    found = [p for end in ("", ".gz") if (p := Path(folder, name + end)).is_file()]
-    if not found: raise FileNotFoundError(_NO_IDX_FILE.format(name, name, str(folder)))
+# %% ../nbs/30_data.ipynb #1abe3001
+_IDX_NAME = re.compile(r"(.*?)(train|test|t10k)-images[-.]idx3-ubyte(\.gz)?")
+
+def _idx_sets(folder) -> dict:
+    "The sets in a folder: what their names begin with -> {train, test or t10k: file}."
+    sets = {}
+    for path in sorted(Path(folder).glob("*-images*")):   # an unpacked file comes first
+        found = _IDX_NAME.fullmatch(path.name)
+        if found: sets.setdefault(found[1], {}).setdefault(found[2], path)
+    return sets
+
+def _idx_files(source) -> list:
+    "The files of images to train on and, if there are any, to test with."
+    source, files = Path(source), {}
+    if source.is_file():
+        found = _IDX_NAME.fullmatch(source.name)
+        if found and found[2] == "train": files = _idx_sets(source.parent)[found[1]]
+        files = {**files, "train": source}
+    else:
+        sets = [v for v in _idx_sets(source).values() if "train" in v]
+        if not sets: raise FileNotFoundError(_NO_IDX_FILE.format(str(source)))
+        if len(sets) > 1:
+            names = ", ".join(repr(v["train"].name) for v in sets)
+            raise ValueError(_WHICH_SET.format(str(source), names))
+        [files] = sets
+    test = files.get("t10k") or files.get("test")
+    return [files["train"], test] if test else [files["train"]]
+
+_NO_IDX_FILE = ("there is no …train-images-idx3-ubyte or ….gz in {!r}; Fashion-MNIST comes "
+                "with `apt-get install dataset-fashion-mnist`, or give the files' folder")
+_WHICH_SET = "{!r} holds several sets; give the images of one of them: {}"
+
+# %% ../nbs/30_data.ipynb #1abe3002
+def _idx_pair(path) -> tuple:
+    "A file of images and the labels beside it: uint8 (N, H, W) and int64 (N,)."
+    if "images" not in path.name: raise ValueError(_NO_IMAGES_NAME.format(str(path)))
+    beside = _labels_beside(path)
+    x, y = read_idx(path), read_idx(beside)
+    for name, found, axes, what in ((path, x, 3, "images"), (beside, y, 1, "labels")):
+        if found.ndim != axes:
+            raise ValueError(_OTHER_AXES.format(str(name), found.shape, what, axes))
+    if len(x) != len(y):
+        raise ValueError(_IDX_LENGTHS.format(str(path), len(x), str(beside), len(y)))
+    # EMNIST lies transposed, and its letters count from 1.
+    if path.name.startswith("emnist"): x = x.transpose(0, 2, 1)
+    first = int(path.name.startswith("emnist-letters"))
+    if first and not y.all(): raise ValueError(_LETTER_ZERO.format(str(beside)))
+    return x, torch.from_numpy(y.astype(np.int64)) - first
+
+def _labels_beside(images) -> Path:
+    "The file of labels for one of images, packed or not."
+    name = "labels".join(images.name.removesuffix(".gz").rsplit("images", 1))
+    name = name.replace("idx3", "idx1")
+    found = [p for end in ("", ".gz") if (p := images.with_name(name + end)).is_file()]
+    if not found: raise FileNotFoundError(_NO_IDX_LABELS.format(str(images), name))
     return found[0]
 
-def _is_idx_folder(folder) -> bool:
-    "Does the folder hold training images in MNIST's layout?"
-    return any(Path(folder, _IDX_NAMES[0] + end).is_file() for end in ("", ".gz"))
+_NO_IMAGES_NAME = ("{!r}: give the file of images, which says images in its name where "
+                   "the file of their labels says labels")
+_NO_IDX_LABELS = "the labels of {0!r} are missing: there is no {1} or {1}.gz beside it"
+_OTHER_AXES = "{!r} holds bytes of shape {}, and {} have {} axes"
+_IDX_LENGTHS = "{!r} holds {:,} images, and {!r} holds {:,} labels"
+_LETTER_ZERO = "{!r}: the labels of EMNIST's letters are 1 to 26, and these hold 0"
+
+def _is_idx(source) -> bool:
+    "Is it a folder with images in MNIST's layout, or a file that could be of its kind?"
+    path = Path(source)
+    if path.is_dir(): return bool(_idx_sets(path))
+    with open(path, "rb") as f: start = f.read(3)
+    told = path.suffix == ".gz" or "idx" in path.name or "ubyte" in path.name
+    return path.suffix.lower() != ".zip" and (told or start == b"\0\0\x08")
 
 # %% ../nbs/30_data.ipynb #1d0be707
 def photo_patches(
@@ -380,7 +457,7 @@ _NO_BERKELEY = ("there is no {} in {!r}: the Berkeley photographs are two zips o
 
 # %% ../nbs/30_data.ipynb #26665a5e
 def load_images(
-    source,                          # a name, a folder, a .zip, an .npy or an .npz
+    source,                          # a name, a folder, a .zip, .npy, .npz or idx file
     size: int | None = None,         # side: image files and patches are made so
     n_held_out: int | None = None,   # images to report on; None: as the table says
     seed: int = 0,                   # decides the split
@@ -408,7 +485,7 @@ def load_images(
         split = berkeley(size or 32, channels=channels or 3, **given)
     elif not Path(source).exists():
         raise FileNotFoundError(_NO_IMAGES.format(str(source)))
-    elif _is_idx_folder(source): split = idx_images(source, **given)
+    elif not is_array and _is_idx(source): split = idx_images(source, **given)
     else:
         found = (open_array(source, layout) if is_array else
                  _open_files(source, size, channels, skip_broken, progress))
@@ -423,7 +500,7 @@ def load_images(
     return split
 
 _NO_IMAGES = ("there are no images at {!r}: give 'digits', 'photos', 'fashion', "
-              "'berkeley', a folder, or a .zip, .npy or .npz file")
+              "'berkeley', a folder, or a .zip, .npy, .npz or MNIST's idx file")
 _OTHER_SHAPE = "{!r} holds images of {} (channels, rows, columns), not of {}"
 
 def _open_files(source, size, channels, skip_broken, progress):
@@ -435,6 +512,40 @@ def _open_files(source, size, channels, skip_broken, progress):
         counts = f"{len(files.broken)} of {len(files.source)}"
         warnings.warn(f"left out {counts} images in {str(source)!r}: {some}{more}")
     return files, read_labels(files.source, files.names)
+
+# %% ../nbs/30_data.ipynb #1abe3011
+class Labelled(NamedTuple):
+    "The parts of a split, each a pair of images and their labels."
+    train: tuple               # (N, C, H, W) and (N,) int64
+    held_out: tuple            # (M, C, H, W) and (M,); M may be 0
+    validation: tuple | None   # (V, C, H, W) and (V,); None: no such part
+
+@patch
+def labelled(self: ImageSplit) -> Labelled:
+    """Images and labels in pairs, to train on. Raises `ValueError` where there are no
+    labels, not as many as images, or negative ones."""
+    if self.classes is None: raise ValueError(_NO_LABELS)
+    pairs = {}
+    for part in Labelled._fields:
+        x, y = getattr(self, part), getattr(self, f"{part}_labels")
+        n, m = (0 if v is None else len(v) for v in (x, y))
+        if n != m: raise ValueError(_OTHER_NUMBER.format(part, n, m))
+        pairs[part] = None if x is None else (x, y)
+    return Labelled(**pairs)
+
+@patch(as_prop=True)
+def classes(self: ImageSplit) -> int | None:
+    """How many classes the labels of all parts have, from 0 to the largest; None
+    without labels. Raises `ValueError` for negative ones."""
+    found = self._labels()
+    if found and min(found) < 0: raise ValueError(_NEGATIVE.format(min(found)))
+    return max(found) + 1 if found else None
+
+_NO_LABELS = ("these images have no labels. They come with digits, fashion, MNIST's idx "
+              "files, folders with one sub-folder a class, a dataset.json of labels, "
+              "and arrays with labels beside them")
+_OTHER_NUMBER = "the part {!r} has {:,} images and {:,} labels"
+_NEGATIVE = "labels count classes from 0, and there are negative ones, down to {}"
 
 # %% ../nbs/30_data.ipynb #c5dfcbe2
 class Batches:

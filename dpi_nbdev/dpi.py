@@ -78,7 +78,8 @@ class DPI(nn.Module):
         x: Tensor,  # (B, ...): what the network takes
         s,          # number, or tensor of shape () or (B,): the scalar;
                     # several are a tuple of these, or a tensor (n,) or (B, n)
-        *args,      # more inputs; tensors have the samples on their first axis
+        *args,      # more inputs; tensors have the samples on their first axis,
+                    # or are a single number for all
         **kwargs,   # more inputs; tensors are cut if their first axis counts samples
     ):
         "f at the interpolated parameters. Raises `ValueError` where that is inexact."
@@ -780,9 +781,9 @@ def _refuse_cache(modules):
     if any(map(parametrize.is_parametrized, modules)): raise RuntimeError(_CACHED)
 
 def _check_cut(inputs, n):
-    "Positional tensors belong to the samples."
+    "Positional tensors belong to the samples; a single number is for all of them."
     for v in inputs.positional():
-        if isinstance(v, Tensor) and not counts(v, n):
+        if isinstance(v, Tensor) and v.ndim and not counts(v, n):
             raise ValueError(_NOT_CUT.format(n, tuple(v.shape)))
 
 def _structure(inputs):

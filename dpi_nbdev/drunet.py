@@ -6,7 +6,7 @@
 __all__ = ['ResBlock', 'DRUNet', 'Padded', 'drunet_stages', 'draw_drunet', 'read_checkpoint', 'load_exactly', 'OnesChannel']
 
 # %% ../nbs/11_drunet.ipynb #4483ed3d
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 from collections.abc import Callable
 from collections import Counter
 from pathlib import Path
@@ -61,7 +61,9 @@ class DRUNet(nn.Module):
 
     def forward(self,
         x: Tensor,    # (B, in_channels, H, W); H and W divide by 2^(levels - 1)
+        *more: NoReturn,   # nothing: labels and times are refused with a reason
     ) -> Tensor:      # (B, out_channels, H, W)
+        if more: raise TypeError(_IMAGE_ALONE)
         _check_input(self, x)
         h = [self.m_head(x)]
         for k in range(1, len(self.widths)): h.append(getattr(self, f"m_down{k}")(h[-1]))
@@ -79,6 +81,10 @@ def _check_settings(in_channels, out_channels, widths, n_blocks) -> tuple:
     for name, n in dict(in_channels=in_channels, out_channels=out_channels, n_blocks=n_blocks).items():
         if not positive(n): raise ValueError(f"{name} must be a positive whole number, got {n!r}")
     return widths
+
+_IMAGE_ALONE = ("DRUNet takes an image and nothing beside it. A label goes into its input: "
+                "LabelMap(net, classes) around a DRUNet of as many more in_channels. A "
+                "scalar goes into its parameters, DPI(net), or its input, TMap(net)")
 
 def _check_input(net, x):
     "Raises `ValueError` when `x` cannot go through `net`, in the terms of the caller rather than of some inner layer."
@@ -264,5 +270,6 @@ class OnesChannel(nn.Module):
 
     def forward(self,
         x: Tensor,  # (B, C, H, W)
+        *more,      # more inputs of net
     ) -> Tensor:    # what net gives
-        return self.net(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+        return self.net(torch.cat([x, torch.ones_like(x[:, :1])], 1), *more)
