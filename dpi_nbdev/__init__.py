@@ -25,9 +25,10 @@ _public = {
     "adm": "ADM",
     "build": "build_model save_model load_model",
     "draws": "draw_unit ImportanceDraws",
-    "diffusion": "VPDiffusion DiffusionLoss gaussian_eps",
-    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss GaussianFields",
-    "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise GaussianMixture",
+    "diffusion": "VPDiffusion DiffusionLoss",
+    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss",
+    "known": "GaussianMixture",
+    "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise",
     "solvers": "sample_ode sample_sde reverse_diffusion",
     "likelihood": "invert log_likelihood",
     "generate": "generate_samples collect_samples",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.draws import *
     from dpi_nbdev.diffusion import *
     from dpi_nbdev.flow import *
+    from dpi_nbdev.known import *
     from dpi_nbdev.samplers import *
     from dpi_nbdev.solvers import *
     from dpi_nbdev.likelihood import *

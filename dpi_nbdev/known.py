@@ -16,9 +16,9 @@ from fastcore.basics import patch
 
 from .diffusion import _floating
 
-# %% ../nbs/21_known.ipynb #28c13df0
+# %% ../nbs/21_known.ipynb #ce8904e9
 class GaussianMixture:
-    """Data of a known law, Σ wₖ N(mₖ, Cₖ), and a perfect model of them; its methods
+    """Data of a known law, Σ wₖ N(mₖ, Cₖ), and the perfect model of them. Its methods
     are models too. Raises `ValueError` for what is no mixture or does not fit."""
     # the methods of the cells below, declared for type checkers
     score: Callable[..., Tensor]
@@ -55,7 +55,8 @@ class GaussianMixture:
 
     def __repr__(self):
         K, D = self.means.shape
-        return f"GaussianMixture({self.process!r}, {K} of dimension {D}, {self.kind!r})"
+        size = f"{K} component{'s' * (K > 1)} in {D} dimension{'s' * (D > 1)}"
+        return f"GaussianMixture({self.process!r}, {size}, {self.kind!r})"
 
 # %% ../nbs/21_known.ipynb #e8592a85
 class _Law(NamedTuple):
