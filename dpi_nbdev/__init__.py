@@ -31,6 +31,7 @@ _public = {
     "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise",
     "solvers": "sample_ode sample_sde reverse_diffusion",
     "likelihood": "invert log_likelihood",
+    "one_more_step": "OneMoreStep OneMoreStepLoss SignalLeak",
     "guidance": "Guided Guidance DropLabels",
     "build": "build_model save_model load_model",
     "checkpoints": "Checkpoints save_weights load_weights",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.samplers import *
     from dpi_nbdev.solvers import *
     from dpi_nbdev.likelihood import *
+    from dpi_nbdev.one_more_step import *
     from dpi_nbdev.guidance import *
     from dpi_nbdev.build import *
     from dpi_nbdev.checkpoints import *

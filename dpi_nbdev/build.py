@@ -25,6 +25,7 @@ from .drunet import DRUNet, OnesChannel, Padded
 from .flow import FlowMatching
 from .lean import Gains, LowRank
 from .monotone import LinearLambda, MonotoneLambda, PaperLambda, Tents
+from .one_more_step import OneMoreStep
 from .sets import Full
 
 # %% ../nbs/27_build.ipynb #a849829c
@@ -178,7 +179,9 @@ def _refuse_for(conditioning, process):
         raise ValueError("the σ map of a flow would hold (1-t)/t, which is infinite at t = 0, where x is pure noise; use 't_map'")
 
 # %% ../nbs/27_build.ipynb #eac8f981
-_SAVABLE = {c.__name__: c for c in (DRUNet, ADM, OnesChannel, Padded, LabelMap, Unconditional, TMap, SigmaMap, NCSNv2, TimestepMLP, DPI, MonotoneLambda, LinearLambda, PaperLambda, Tents)}
+_SAVABLE = {c.__name__: c for c in (
+    DRUNet, ADM, OnesChannel, Padded, LabelMap, Unconditional, TMap, SigmaMap, NCSNv2,
+    TimestepMLP, DPI, OneMoreStep, MonotoneLambda, LinearLambda, PaperLambda, Tents)}
 _KINDS = {c.__name__: c for c in (Full, LowRank, Gains)}
 
 def _describe(module: nn.Module) -> dict:
