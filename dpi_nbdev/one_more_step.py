@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OneMoreStep', 'OneMoreStepLoss', 'SignalLeak']
 
-# %% ../nbs/25_one_more_step.ipynb #443eca96
+# %% ../nbs/25_one_more_step.ipynb #5fb13fa0
 import inspect
 from collections.abc import Callable
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from .core import is_whole, randn_like
 from .diffusion import (Process, _floating, _same_shape, check_cond,
                                  check_process, checked_answer, data_and_cond)
-from .samplers import noise_streams
 
-# %% ../nbs/25_one_more_step.ipynb #87f228b3
+# %% ../nbs/25_one_more_step.ipynb #14903e9a
 class OneMoreStep(nn.Module):
-    """From pure noise to where a schedule ends (arXiv 2311.15744, Section 4). The
+    """From pure noise to where a schedule ends (Hu et al. 2023, arXiv 2311.15744). The
     network's input has no scalar: there is one noise level, all noise."""
     def __init__(self,
         net: nn.Module,   # net(z, *cond) -> v, shape of z
@@ -58,9 +57,9 @@ class OneMoreStep(nn.Module):
         """√ᾱ_T x̂0 + √(1-ᾱ_T) noise. Raises as a call does; `ValueError` where no
         signal is left to repair, `TypeError` for a process of two data sets."""
         a, b = _last_shares(process, s, z)
-        return a * self.guess(z, *cond) + b * noise_streams(len(z), generator)(z)
+        return a * self.guess(z, *cond) + b * _streams(len(z), generator)(z)
 
-# %% ../nbs/25_one_more_step.ipynb #e33fe38c
+# %% ../nbs/25_one_more_step.ipynb #318e42ac
 def _last_shares(process, s, x):
     "Shares of data and noise where sampling begins."
     check_process(process, "One More Step")
@@ -69,6 +68,11 @@ def _last_shares(process, s, x):
     a, b = process.coefs(s, x)
     if not bool((a != 0).all()): raise ValueError(_NO_LEAK.format(process, s))
     return a, b
+
+def _streams(n, generator):
+    "Noise for each of n samples, see `noise_streams`."
+    from dpi_nbdev.samplers import noise_streams    # a model loads without samplers
+    return noise_streams(n, generator)
 
 def _check_takes(net, z, cond):
     "Raises `ValueError` unless the network takes so many conditions."
@@ -103,7 +107,7 @@ class OneMoreStepLoss:
 
     def __repr__(self): return "OneMoreStepLoss()"
 
-# %% ../nbs/25_one_more_step.ipynb #6db853a0
+# %% ../nbs/25_one_more_step.ipynb #ad2e75e0
 class SignalLeak:
     """A Gaussian of the data for each label, and a start from it, without a network
     (after Everaert et al. 2024). Raises `ValueError` for data that do not fit."""
@@ -154,7 +158,7 @@ class SignalLeak:
         laws = self.means, self.stds, self.roots
         x, stds, roots = (v[y.to(v.device)].to(z) for v in laws)
         if self.spread == "none": return x
-        draw = noise_streams(len(z), generator)
+        draw = _streams(len(z), generator)
         if self.spread == "pixels": return x + stds * draw(z)
         # The lowest frequencies vary together, as they do in the data.
         c = torch.einsum("bij,bj->bi", roots, draw(roots[:, 0])).view(-1, *self.low)
