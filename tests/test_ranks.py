@@ -16,10 +16,12 @@ import os, signal, sys
 from dataclasses import replace
 import torch
 from torch import nn
-from dpi_nbdev.data import digits
+from dpi_nbdev.core import each
+from dpi_nbdev.couplings import Coupled, Transport
+from dpi_nbdev.data import Unpaired, digits
 from dpi_nbdev.diffusion import DiffusionLoss, VPDiffusion
 from dpi_nbdev.dpi import DPI
-from dpi_nbdev.flow import FlowLoss, FlowMatching
+from dpi_nbdev.flow import FlowLoss, FlowMatching, TwoSidedInterpolant
 from dpi_nbdev.monotone import MonotoneLambda
 from dpi_nbdev.training import TrainingStopped, TrainSettings, Run, train
 
@@ -30,19 +32,23 @@ data = digits()
 def model(objective):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
-    return DPI(net, MonotoneLambda(1000, objective.process.s_min, objective.process.s_max), init="fresh")
+    process = getattr(objective, "objective", objective).process
+    return DPI(net, MonotoneLambda(1000, process.s_min, process.s_max), init="fresh")
 
 few = TrainSettings(steps=12, batch_size=32, phi_lr=0.1)
 two = int(os.environ.get("WORLD_SIZE", 1))
 cases = dict(plain=(DiffusionLoss(VPDiffusion()), few),
              groups=(DiffusionLoss(VPDiffusion(), groups=8), replace(few, accumulate=8 // two)),
-             flow=(FlowLoss(FlowMatching(), antithetic=True), replace(few, flip=True)))
+             flow=(FlowLoss(FlowMatching(), antithetic=True), replace(few, flip=True)),
+             pairs=(Coupled(FlowLoss(TwoSidedInterpolant()), Transport()), replace(few, accumulate=4 // two)))
 if "cases" in sys.argv:
     for name, (objective, settings) in cases.items():
         net, seen = model(objective), []
         real = Run.batch
-        Run.batch = lambda self: (x := real(self), seen.append(x.clone()))[0]
-        end = train(net, objective, data.train, settings, held_out=data.held_out, check_every=6, progress=False)
+        Run.batch = lambda self: (x := real(self), seen.append(each(torch.clone, x)))[0]
+        parts = data.train, data.held_out
+        if name == "pairs": parts = [(Unpaired(x[:100]), x) for x in parts]
+        end = train(net, objective, parts[0], settings, held_out=parts[1], check_every=6, progress=False)
         Run.batch = real
         torch.save(dict(losses=end.losses, held_out=end.held_out, seen=seen, network=dict(net.state_dict()), average=dict(end.model.state_dict())), f"{out}/{name}-{rank}of{two}.pt")
 if "resume" in sys.argv:
@@ -76,11 +82,14 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "groups", "flow"])
+@pytest.mark.parametrize("case", ["plain", "groups", "flow", "pairs"])
 def test_two_ranks_are_one(out, case):
     one, first, second = (torch.load(out / f"{case}-{name}.pt", weights_only=True) for name in ("0of1", "0of2", "1of2"))
     for whole, a, b in zip(one["seen"], first["seen"], second["seen"]):
-        assert torch.equal(whole, torch.cat([a, b]))  # the same images, in this order
+        if case == "pairs":  # which are made from the whole batch, on each rank
+            assert all(torch.equal(w, u) and torch.equal(w, v) for w, u, v in zip(whole, a, b))
+        else:
+            assert torch.equal(whole, torch.cat([a, b]))  # the same images, in this order
     for part in ("network", "average"):
         for k in first[part]:  # in sync: both take the one gradient that was reduced
             assert torch.equal(first[part][k], second[part][k])
