@@ -36,11 +36,12 @@ _public = {
     "build": "build_model save_model load_model",
     "checkpoints": "Checkpoints save_weights load_weights",
     "files": "ImageFiles",
-    "data": "load_images digits photos ImageSplit ImageArray Batches",
+    "data": "load_images digits photos ImageSplit ImageArray Batches Unpaired",
     "training": "train TrainSettings",
     "cost": "model_cost cost_table cost_text relative_times",
     "convert": "convert_images",
     "generate": "generate_samples collect_samples",
+    "couplings": "Coupled Transport Corrupted Blur Mask Coarse reflow_pairs",
     "metrics": "eps_mse velocity_mse midpoints noise_scaled feature_statistics frechet_distance precision_recall inception_score bootstrap fid_by_n",
     "features": "Features Inception DigitFeatures PhotoFeatures PixelFeatures extract",
     "evaluate": "evaluate_samples evaluation_table make_reference",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from dpi_nbdev.cost import *
     from dpi_nbdev.convert import *
     from dpi_nbdev.generate import *
+    from dpi_nbdev.couplings import *
     from dpi_nbdev.metrics import *
     from dpi_nbdev.features import *
     from dpi_nbdev.evaluate import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT_ROWS', 'VALIDATION_ROWS', 'FASHION_FOLDER', 'BERKELEY_FILES', 'ImageSplit', 'split_rows', 'digits', 'photos',
            'patches', 'from_uint8', 'ImageArray', 'as_nhwc', 'open_array', 'read_idx', 'idx_images', 'photo_patches',
-           'berkeley', 'load_images', 'Labelled', 'Batches']
+           'berkeley', 'load_images', 'Labelled', 'Unpaired', 'Batches']
 
 # %% ../nbs/30_data.ipynb #e973d374
 import gzip, json, math, operator, os, re, warnings, zipfile, zlib
@@ -548,6 +548,26 @@ _NO_LABELS = ("these images have no labels. They come with digits, fashion, MNIS
 _OTHER_NUMBER = "the part {!r} has {:,} images and {:,} labels"
 _NEGATIVE = "labels count classes from 0, and there are negative ones, down to {}"
 
+# %% ../nbs/30_data.ipynb #a30d0e01
+class Unpaired:
+    """Data that are drawn in an order of their own, beside other data in a tuple; of any
+    length. Raises `ValueError` for no data."""
+    def __init__(self,
+        data,   # (M, ...): a tensor, an ImageArray, …
+    ):
+        shape = getattr(data, "shape", None)
+        if not shape or not len(data): raise ValueError(_NO_UNPAIRED.format(data))
+        self.data = data
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: len(self.data.shape))
+    def __len__(self): return len(self.data)
+    def __repr__(self): return f"Unpaired({tuple(self.shape)})"
+    def __getitem__(self, i):   # past its end it begins again, where rows are counted
+        return self.data[i % len(self) if isinstance(i, Tensor) else i]
+
+_NO_UNPAIRED = "Unpaired takes data with at least one sample, got {!r}"
+
 # %% ../nbs/30_data.ipynb #c5dfcbe2
 class Batches:
     """Random batches, each a function of its number. Raises `ValueError` or `TypeError`
@@ -557,7 +577,8 @@ class Batches:
     def __init__(self,
         data,                # (N, ...): a tensor, an ImageArray, or anything with a shape,
                              # a length, and `data[LongTensor]` that copies; or a tuple of
-                             # them, equally long, such as images and labels
+                             # them, equally long, such as images and labels, but for
+                             # those that are Unpaired
         batch_size: int,     # samples a batch, over all ranks; at least 1, may exceed N
         seed: int = 0,       # decides order and flips
         flip: bool = False,  # mirror each image left to right with probability 1/2
@@ -573,37 +594,43 @@ class Batches:
             if not shape or not len(part):
                 got = type(part).__name__ if shape is None else tuple(shape)
                 raise ValueError(_NO_DATA.format(got))
-        if len({len(part) for part in parts}) > 1:
+        rows = {len(v) for v in parts if not isinstance(v, Unpaired)}
+        if len(rows) > 1:
             raise ValueError(_LENGTHS.format(", ".join(f"{len(v):,}" for v in parts)))
         if flip and len(parts[0].shape) != 4:
             raise ValueError(_NO_FLIP.format(tuple(parts[0].shape)))
-        self.n, self._orders = len(parts[0]), {}
+        self.n, self._orders = rows.pop() if rows else len(parts[0]), {}
 
-    def _order(self, epoch):
-        "The permutation (N,) of an epoch; the last two are kept, since a batch can touch both."
-        if epoch not in self._orders:
-            if len(self._orders) > 1: del self._orders[min(self._orders)]
-            order = torch.randperm(self.n, generator=_generator(self.seed, epoch, 0))
-            self._orders[epoch] = order
-        return self._orders[epoch]
+    def _order(self, epoch, n, key):
+        "The permutation (n,) of an epoch; the last two of a key are kept, since a batch can touch both."
+        kept = self._orders.setdefault(key, {})
+        if epoch not in kept:
+            if len(kept) > 1: del kept[min(kept)]
+            kept[epoch] = torch.randperm(n, generator=_generator(self.seed, epoch, *key))
+        return kept[epoch]
 
     def indices(self,
         step: int,   # number of the batch, from 0
+        of=None,     # which part of the data; None: all but the unpaired ones
     ) -> Tensor:     # (batch_size,) int64: which images
         "The images of batch number `step`, over all ranks."
         if _whole(step, "step") < 0:
             raise ValueError(f"step must be at least 0, got {step}")
-        epoch, at = divmod(step * self.batch_size, self.n)
+        n, key = self.n, (0,)
+        if of is not None and isinstance(self.data[of], Unpaired):
+            n, key = len(self.data[of]), (2, of)      # (1) are the coins of flips
+        epoch, at = divmod(step * self.batch_size, n)
         parts, left = [], self.batch_size
         while left:
-            parts.append(self._order(epoch)[at:at + left])
+            parts.append(self._order(epoch, n, key)[at:at + left])
             left, epoch, at = left - len(parts[-1]), epoch + 1, 0
         return torch.cat(parts)
 
 _BATCH = "batch_size must be at least 1, got {}"
 _FLIP = "flip must be True or False, got {!r}"
 _NO_DATA = "batches need data with at least one sample, got {}"
-_LENGTHS = "data in a tuple have a row for each sample; these have {} rows"
+_LENGTHS = ("data in a tuple have a row for each sample; these have {} rows. Data sets "
+            "that are not paired are told by Unpaired(data)")
 _NO_FLIP = "only images (N, C, H, W) can be flipped, got shape {}"
 
 # %% ../nbs/30_data.ipynb #1baff7e9
@@ -619,8 +646,9 @@ def batch(self: Batches,
         raise ValueError(_UNEVEN.format(self.batch_size, world, rank))
     n = self.batch_size // world
     share = slice(rank * n, (rank + 1) * n)
-    rows = self.indices(step)[share]
-    x = each(lambda part: part[rows], self.data)
+    if isinstance(self.data, tuple):
+        x = tuple(part[self.indices(step, of)[share]] for of, part in enumerate(self.data))
+    else: x = self.data[self.indices(step)[share]]
     if not self.flip: return x
     coins = _generator(self.seed, step, 1)
     flipped = torch.rand(self.batch_size, generator=coins)[share] < 0.5

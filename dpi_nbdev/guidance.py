@@ -159,6 +159,11 @@ class DropLabels:
         return getattr(self.objective, "memory", None)
 
     @property
+    def mixes(self):
+        "Does the objective pair samples of the batch anew?"
+        return getattr(self.objective, "mixes", False)
+
+    @property
     def held_out(self):
         "The objective for held-out images, all labels given."
         return getattr(self.objective, "held_out", self.objective)

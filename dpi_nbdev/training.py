@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .checkpoints import Checkpoints, alone_in, state_faults
 from .core import (
     atomic_write, each, figure_style, image_grid, output_folder, seeded)
-from .data import Batches
+from .data import Batches, Unpaired
 from .diffusion import Part
 from .dpi import param_groups
 from .monotone import MonotoneLambda
@@ -171,14 +171,19 @@ def _memory(objective):
 # %% ../nbs/31_training.ipynb #bf2c9c26
 @patch
 def batch(self: Run):  # (B / ranks, C, H, W), or a tuple of what the data hold
-    "This rank's samples of the step, on its device."
-    x = self.batches.batch(self.step, self.rank, self.world)
+    "This rank's samples of the step, on its device; all, if the objective mixes them."
+    share = (0, 1) if _mixes(self.objective) else (self.rank, self.world)
+    x = self.batches.batch(self.step, *share)
     return each(lambda part: _moved(part, self.device), x)
 
 def _moved(x, device):
     "On the device; images with their channels last."
     if x.ndim != 4: return x.to(device, non_blocking=True)
     return x.to(device, non_blocking=True, memory_format=torch.channels_last)
+
+def _mixes(objective):
+    "Does it pair samples of the batch anew? Then every rank needs the whole batch."
+    return getattr(objective, "mixes", False)
 
 @patch
 def gradients(self: Run,
@@ -193,7 +198,8 @@ def gradients(self: Run,
     start, size = self.rank * share, share // o.accumulate
     around = (start, o.batch_size - start - share)       # rows of the other ranks
     pad = lambda part: F.pad(part, (0, 0) * (part.ndim - 1) + around)
-    whole = each(pad, x) if self.world > 1 else x
+    shared_out = self.world > 1 and not _mixes(self.objective)
+    whole = each(pad, x) if shared_out else x
     values = torch.zeros(o.batch_size, device=self.device)
     for i in range(o.accumulate):
         rows = slice(start + i * size, start + (i + 1) * size)
@@ -319,7 +325,9 @@ def _chunks(held_out):
 
 def _length(data):
     "Samples, of data alone or in a tuple."
-    return len(data[0] if isinstance(data, tuple) else data)
+    parts = data if isinstance(data, tuple) else (data,)
+    counted = [part for part in parts if not isinstance(part, Unpaired)]
+    return len((counted or parts)[0])
 
 # %% ../nbs/31_training.ipynb #995c2308
 def describe(

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from dpi_nbdev.conditioning import LabelMap
 from dpi_nbdev.core import each
-from dpi_nbdev.data import digits
+from dpi_nbdev.couplings import Coupled, Transport
+from dpi_nbdev.data import Unpaired, digits
 from dpi_nbdev.diffusion import DiffusionLoss, VPDiffusion
 from dpi_nbdev.dpi import DPI
-from dpi_nbdev.flow import FlowLoss, FlowMatching
+from dpi_nbdev.flow import FlowLoss, FlowMatching, TwoSidedInterpolant
 from dpi_nbdev.guidance import DropLabels
 from dpi_nbdev.monotone import MonotoneLambda
 from dpi_nbdev.training import TrainingStopped, TrainSettings, Run, train
@@ -46,14 +47,18 @@ cases = dict(plain=(DiffusionLoss(VPDiffusion()), few),
              groups=(DiffusionLoss(VPDiffusion(), groups=8), replace(few, accumulate=8 // two)),
              labels=(DropLabels(DiffusionLoss(VPDiffusion()), null=10, share=0.3),
                      replace(few, accumulate=2, flip=True)),
-             flow=(FlowLoss(FlowMatching(), antithetic=True), replace(few, flip=True)))
+             flow=(FlowLoss(FlowMatching(), antithetic=True), replace(few, flip=True)),
+             pairs=(Coupled(FlowLoss(TwoSidedInterpolant()), Transport()),
+                    replace(few, accumulate=4 // two)))
 if "cases" in sys.argv:
     for name, (objective, settings) in cases.items():
         net, seen = model(objective), []
         parts = data.labelled() if name == "labels" else data
         real = Run.batch
         Run.batch = lambda self: (x := real(self), seen.append(each(torch.clone, x)))[0]
-        end = train(net, objective, parts.train, settings, held_out=parts.held_out, check_every=6, progress=False)
+        if name == "pairs": parts = [(Unpaired(x[:100]), x) for x in (data.train, data.held_out)]
+        else: parts = parts.train, parts.held_out
+        end = train(net, objective, parts[0], settings, held_out=parts[1], check_every=6, progress=False)
         Run.batch = real
         torch.save(dict(losses=end.losses, held_out=end.held_out, seen=seen, network=dict(net.state_dict()), average=dict(end.model.state_dict())), f"{out}/{name}-{rank}of{two}.pt")
 if "resume" in sys.argv:
@@ -87,13 +92,16 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ["plain", "groups", "labels", "flow"])
+@pytest.mark.parametrize("case", ["plain", "groups", "labels", "flow", "pairs"])
 def test_two_ranks_are_one(out, case):
     one, first, second = (torch.load(out / f"{case}-{name}.pt", weights_only=True) for name in ("0of1", "0of2", "1of2"))
     parts = lambda x: x if isinstance(x, tuple) else (x,)
     for steps in zip(one["seen"], first["seen"], second["seen"]):
         for whole, a, b in zip(*map(parts, steps)):
-            assert torch.equal(whole, torch.cat([a, b]))  # the same, in this order
+            if case == "pairs":  # they are made from the whole batch, on each rank
+                assert torch.equal(whole, a) and torch.equal(whole, b)
+            else:
+                assert torch.equal(whole, torch.cat([a, b]))  # the same, in this order
     for part in ("network", "average"):
         for k in first[part]:  # in sync: both take the one gradient that was reduced
             assert torch.equal(first[part][k], second[part][k])
