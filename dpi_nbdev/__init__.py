@@ -25,10 +25,11 @@ _public = {
     "adm": "ADM",
     "draws": "draw_unit ImportanceDraws",
     "diffusion": "Process VPDiffusion DiffusionLoss",
-    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss",
+    "flow": "FlowMatching Interpolant TwoSidedInterpolant MirrorInterpolant "
+            "VarianceExploding Brownian Sigmoid FlowLoss",
     "known": "GaussianMixture",
     "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise",
-    "solvers": "sample_ode sample_sde reverse_diffusion",
+    "solvers": "sample_ode sample_sde diffusion_choice reverse_diffusion",
     "likelihood": "invert log_likelihood",
     "guidance": "Guided Guidance DropLabels",
     "build": "build_model save_model load_model",
