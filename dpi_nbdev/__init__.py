@@ -26,10 +26,11 @@ _public = {
     "resize": "resize_kernels resize_report kernel_matrix slide StepLambda",
     "draws": "draw_unit ImportanceDraws",
     "diffusion": "Process VPDiffusion DiffusionLoss",
-    "flow": "FlowMatching Interpolant TwoSidedInterpolant FlowLoss",
+    "flow": "FlowMatching Interpolant TwoSidedInterpolant MirrorInterpolant "
+            "VarianceExploding Brownian Sigmoid FlowLoss",
     "known": "GaussianMixture",
     "samplers": "ddim ddpm dpm_solver random_walk timesteps start_noise",
-    "solvers": "sample_ode sample_sde reverse_diffusion",
+    "solvers": "sample_ode sample_sde diffusion_choice reverse_diffusion",
     "likelihood": "invert log_likelihood",
     "one_more_step": "OneMoreStep OneMoreStepLoss SignalLeak",
     "guidance": "Guided Guidance DropLabels",

@@ -145,12 +145,16 @@ def coefs(self: Sampling, s):
 
 _TWO_SIDED = ("{} joins two data sets, so there is no noise that this sampler "
               "could begin with; take sample_ode or sample_sde")
+_MIRROR = ("{} has no noise at s = {}, where this sampler begins; take sample_ode or "
+           "sample_sde")
 
 @patch
 def shares(self: Sampling, s):
-    "`coefs`, where they are two. Raises `ValueError` for a two-sided process."
+    "`coefs`, where they are two. Raises `ValueError` for a process without a noisy end."
     found = self.coefs(s)
     if len(found) != 2: raise ValueError(_TWO_SIDED.format(type(self.process).__name__))
+    if self.coefs(self.process.noise_at)[1] == 0:
+        raise ValueError(_MIRROR.format(self.process, self.process.noise_at))
     return found
 
 @patch
