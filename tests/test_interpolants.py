@@ -26,6 +26,9 @@ class Slanted(Process):
     def factors(self, s):
         return 1 - s / 2, (s / 2)**0.8 * (1 + 0.3 * (1 - s / 2))
 
+    def __repr__(self):  # names a test, alike in every process
+        return "Slanted()"
+
 
 one_sided = [FlowMatching(), Interpolant("trigonometric"), VPDiffusion()]
 two_sided = [TwoSidedInterpolant("linear", "parabola"),
