@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'area_resize', 'ImageError', 'decode_image
            'ImageFiles', 'look_through', 'read_image', 'one_shape', 'broken_message']
 
 # %% ../nbs/29_files.ipynb #06a60040
-import functools, io, json, os, warnings, zipfile
+import io, json, os, warnings, zipfile
 from pathlib import Path
 
 import numpy as np

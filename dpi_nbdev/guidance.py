@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .core import is_whole
+
 # %% ../nbs/26_guidance.ipynb #ebe94117
 class Guidance:
     """How strongly, and where, a label is exaggerated. Raises `ValueError` for numbers
@@ -27,9 +29,7 @@ class Guidance:
         self.rescale = _number("rescale", rescale)
         if not 0 <= self.rescale <= 1:
             raise ValueError(_SHARE.format("rescale", rescale))
-        if isinstance(null, bool) or not isinstance(null, int):
-            raise ValueError(_NULL.format(null))
-        self.null, self.interval = null, interval
+        self.null, self.interval = _label(null), interval
         if interval is None: return
         low, high = (_number("a bound of interval", v) for v in interval)
         if low > high: raise ValueError(_ORDER.format(interval))
@@ -78,9 +78,14 @@ def _number(name, v) -> float:
         raise ValueError(_NO_NUMBER.format(name, v))
     return float(v)
 
+def _label(v) -> int:
+    "`v`, if it can be a label. Raises `ValueError` if not."
+    if is_whole(v, 0): return v
+    raise ValueError(_NULL.format(v))
+
 _NO_NUMBER = "{} must be a finite number, got {!r}"
 _SHARE = "{} must be from 0 to 1, got {}"
-_NULL = "null is the label that means none, a whole number; got {!r}"
+_NULL = "null is the label that means none, a whole number from 0; got {!r}"
 _ORDER = "an interval is (low, high), low first; got {}"
 _NO_LABELS = ("guidance needs labels: model(x, s, y); a sampler takes them as cond=y")
 
@@ -135,8 +140,8 @@ class DropLabels:
     ):
         if not 0 <= _number("share", share) <= 1:
             raise ValueError(_SHARE.format("share", share))
-        Guidance(1, null)      # refuses what is no label
-        self.objective, self.null, self.share, self.at = objective, null, share, at
+        self.objective, self.null = objective, _label(null)
+        self.share, self.at = share, at
 
     def __call__(self,
         model: Callable,                           # model(x, s, y)

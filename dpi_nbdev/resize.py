@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from .adm import AttentionBlock, ResidualBlock
+from .adm import AttentionBlock
 from .dpi import DPI, _unguard
 from .lean import GainsPart, LowRankPart
 from .monotone import LinearLambda, _Lambda
